@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Builds the two compiled modules through which ``xshmd.xen`` reaches Xen (cffi, API mode).
+
+Two modules, because Xen's libraries make two promises: those in ``_stable`` keep their ABI from
+release to release, while libxenctrl is bound to one Xen version.  A Xen upgrade therefore breaks one
+module and not the other.  Both use Python's limited API, so one build serves every Python >= 3.11.
+
+Run by setuptools (``cffi_modules`` in setup.py), or by hand to cross-compile::
+
+    python3 cffi_build.py emit OUTDIR
+
+which writes the C sources and prints, as JSON, what each is to be linked with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from cffi import FFI
+
+STABLE_LIBRARIES = ("xencall", "xenforeignmemory")
+XENCTRL_LIBRARIES = ("xenctrl", "xentoollog")
+# cffi's own C calls memset(), and Python.h of 3.13 no longer declares it under the limited API.
+COMPILE_ARGS = ("-O2", "-include", "string.h")
+
+STABLE = FFI()
+STABLE.cdef(
+    """
+    typedef struct xencall_handle xencall_handle;
+    xencall_handle *xshm_call_open(void);
+    int xencall_close(xencall_handle *xcall);
+    void *xencall_alloc_buffer(xencall_handle *xcall, size_t size);
+    void xencall_free_buffer(xencall_handle *xcall, void *p);
+
+    size_t xshm_batch_bytes(uint32_t capacity);
+    int xshm_batch_map(xencall_handle *call, void *buffer, uint32_t capacity,
+                       uint16_t guest, uint16_t holder, uint64_t guest_gfn, uint64_t holder_gfn,
+                       uint32_t nr, uint32_t *nr_done, uint32_t *first_bad, int *first_error);
+    int xshm_batch_undo(xencall_handle *call, void *buffer, uint32_t capacity,
+                        uint16_t guest, uint64_t guest_gfn, uint32_t nr, uint32_t *nr_removed);
+    int xshm_batch_remove(xencall_handle *call, void *buffer, uint16_t domid,
+                          uint64_t first_gfn, uint32_t nr,
+                          uint32_t *nr_removed, uint32_t *nr_absent, int *first_error);
+
+    typedef struct xenforeignmemory_handle xenforeignmemory_handle;
+    xenforeignmemory_handle *xshm_foreign_open(void);
+    int xenforeignmemory_close(xenforeignmemory_handle *fmem);
+    void *xshm_foreign_map(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
+                           uint64_t first_gfn, size_t nr, size_t *nr_bad, int *first_error);
+    int xshm_foreign_probe(xenforeignmemory_handle *fmem, uint32_t domid,
+                           const uint64_t *gfns, size_t nr, uint8_t *present);
+    int xenforeignmemory_unmap(xenforeignmemory_handle *fmem, void *addr, size_t pages);
+    void *memset(void *s, int c, size_t n);
+    """
+)
+STABLE.set_source(
+    "xshmd.xen._stable",
+    r"""
+    #define __XEN_TOOLS__ 1   /* today's layouts of Xen's structures, not those of Xen 3.2 */
+    #include <alloca.h>   /* cffi's own code */
+    #include <errno.h>
+    #include <limits.h>
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <xencall.h>
+    #include <xenforeignmemory.h>
+    #include <xen/xen.h>
+    #include <xen/memory.h>
+
+    /* One hypercall-safe buffer serves both directions; its parts, for a capacity of n entries:
+     * mapping:  header | idxs[n] | gpfns[n] | errs[n]
+     * removing: calls[n] | args[n], of which one multicall takes XSHM_MULTICALL at the most. */
+    #define XSHM_MULTICALL 512
+    #define XSHM_ALIGN(n) (((n) + 15) & ~(size_t)15)
+    #define XSHM_POISON INT_MAX   /* no errno: an entry Xen did not write is an error, not a 0 */
+
+    struct xshm_remove_buffer {
+        multicall_entry_t calls[XSHM_MULTICALL];
+        struct xen_remove_from_physmap args[XSHM_MULTICALL];
+    };
+
+    static xencall_handle *xshm_call_open(void) { return xencall_open(NULL, 0); }
+    static xenforeignmemory_handle *xshm_foreign_open(void)
+    {
+        return xenforeignmemory_open(NULL, 0);
+    }
+
+    static size_t xshm_map_bytes(uint32_t n)
+    {
+        return 64 + (size_t)n * (sizeof(xen_ulong_t) + sizeof(xen_pfn_t) + sizeof(int));
+    }
+
+    static size_t xshm_batch_bytes(uint32_t capacity)
+    {
+        /* The error slots of a mapping must survive the removal that undoes it. */
+        return XSHM_ALIGN(xshm_map_bytes(capacity)) + sizeof(struct xshm_remove_buffer);
+    }
+
+    static int *xshm_errs(void *buffer, uint32_t capacity)
+    {
+        return (int *)((char *)buffer + 64 +
+                       (size_t)capacity * (sizeof(xen_ulong_t) + sizeof(xen_pfn_t)));
+    }
+
+    /* Returns 0 with the three counts set, or -errno if the whole call was refused. */
+    static int xshm_batch_map(xencall_handle *call, void *buffer, uint32_t capacity,
+                              uint16_t guest, uint16_t holder, uint64_t guest_gfn,
+                              uint64_t holder_gfn, uint32_t nr,
+                              uint32_t *nr_done, uint32_t *first_bad, int *first_error)
+    {
+        struct xen_add_to_physmap_batch *xatp = buffer;
+        xen_ulong_t *idxs = (xen_ulong_t *)((char *)buffer + 64);
+        xen_pfn_t *gpfns = (xen_pfn_t *)(idxs + capacity);
+        int *errs = xshm_errs(buffer, capacity);
+        uint32_t i;
+        long rc;
+
+        *nr_done = 0; *first_bad = nr; *first_error = 0;
+        if ( nr > capacity || nr > UINT16_MAX )  /* .size is 16 bits wide: 65536 would be 0 */
+            return -E2BIG;
+        memset(xatp, 0, sizeof *xatp);
+        xatp->domid = guest;
+        xatp->space = XENMAPSPACE_gmfn_foreign;
+        xatp->size = nr;
+        xatp->u.foreign_domid = holder;
+        set_xen_guest_handle(xatp->idxs, idxs);
+        set_xen_guest_handle(xatp->gpfns, gpfns);
+        set_xen_guest_handle(xatp->errs, errs);
+        for ( i = 0; i < nr; i++ ) {
+            idxs[i] = holder_gfn + i;
+            gpfns[i] = guest_gfn + i;
+            errs[i] = XSHM_POISON;
+        }
+        rc = xencall2L(call, __HYPERVISOR_memory_op, XENMEM_add_to_physmap_batch,
+                       (uint64_t)(uintptr_t)xatp);
+        if ( rc < 0 )
+            rc = -errno;
+        for ( i = 0; i < nr; i++ ) {
+            if ( errs[i] == 0 )
+                ++*nr_done;
+            else if ( *first_bad == nr ) {
+                *first_bad = i;
+                *first_error = errs[i] == XSHM_POISON ? (rc ? (int)-rc : ENODATA) : -errs[i];
+            }
+        }
+        return *nr_done || !rc ? 0 : (int)rc;
+    }
+
+    /* Removes the frames; an empty one is counted in *nr_absent and is no error. */
+    static int xshm_remove_some(xencall_handle *call, struct xshm_remove_buffer *rb,
+                                uint16_t domid, uint32_t nr,
+                                uint32_t *nr_removed, uint32_t *nr_absent, int *first_error)
+    {
+        uint32_t i;
+        long rc;
+
+        for ( i = 0; i < nr; i++ ) {
+            memset(&rb->calls[i], 0, sizeof rb->calls[i]);
+            rb->calls[i].op = __HYPERVISOR_memory_op;
+            rb->calls[i].result = (xen_ulong_t)-ENODATA;
+            rb->calls[i].args[0] = XENMEM_remove_from_physmap;
+            rb->calls[i].args[1] = (xen_ulong_t)(uintptr_t)&rb->args[i];
+            rb->args[i].domid = domid;
+        }
+        rc = xencall2L(call, __HYPERVISOR_multicall, (uint64_t)(uintptr_t)rb->calls, nr);
+        if ( rc < 0 )
+            return -errno;
+        for ( i = 0; i < nr; i++ ) {
+            long result = (long)rb->calls[i].result;
+            if ( result == 0 )
+                ++*nr_removed;
+            else if ( result == -ENOENT )
+                ++*nr_absent;
+            else if ( !*first_error )
+                *first_error = (int)-result;
+        }
+        return 0;
+    }
+
+    static struct xshm_remove_buffer *xshm_remove_part(void *buffer, uint32_t capacity)
+    {
+        return (struct xshm_remove_buffer *)
+            ((char *)buffer + XSHM_ALIGN(xshm_map_bytes(capacity)));
+    }
+
+    static int xshm_batch_remove(xencall_handle *call, void *buffer, uint16_t domid,
+                                 uint64_t first_gfn, uint32_t nr, uint32_t *nr_removed,
+                                 uint32_t *nr_absent, int *first_error)
+    {
+        struct xshm_remove_buffer *rb = buffer;
+        uint32_t done, i;
+
+        *nr_removed = *nr_absent = 0; *first_error = 0;
+        for ( done = 0; done < nr; done += i ) {
+            int rc;
+            for ( i = 0; i < XSHM_MULTICALL && done + i < nr; i++ )
+                rb->args[i].gpfn = first_gfn + done + i;
+            rc = xshm_remove_some(call, rb, domid, i, nr_removed, nr_absent, first_error);
+            if ( rc )
+                return rc;
+        }
+        return 0;
+    }
+
+    /* Undoes the mapping just made with the same arguments: exactly the entries that were done. */
+    static int xshm_batch_undo(xencall_handle *call, void *buffer, uint32_t capacity,
+                               uint16_t guest, uint64_t guest_gfn, uint32_t nr,
+                               uint32_t *nr_removed)
+    {
+        struct xshm_remove_buffer *rb = xshm_remove_part(buffer, capacity);
+        const int *errs = xshm_errs(buffer, capacity);
+        uint32_t i, n = 0, absent = 0;
+        int error = 0, rc;
+
+        *nr_removed = 0;
+        for ( i = 0; i < nr; i++ ) {
+            if ( errs[i] == 0 )
+                rb->args[n++].gpfn = guest_gfn + i;
+            if ( n == XSHM_MULTICALL || (n && i + 1 == nr) ) {
+                rc = xshm_remove_some(call, rb, guest, n, nr_removed, &absent, &error);
+                if ( rc )
+                    return rc;
+                n = 0;
+            }
+        }
+        return error ? -error : 0;
+    }
+
+    static void *xshm_foreign_map(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
+                                  uint64_t first_gfn, size_t nr, size_t *nr_bad, int *first_error)
+    {
+        xen_pfn_t *gfns = calloc(nr, sizeof *gfns);
+        int *errs = calloc(nr, sizeof *errs);
+        void *map = NULL;
+        size_t i;
+
+        *nr_bad = 0; *first_error = 0;
+        if ( !gfns || !errs ) {
+            *first_error = ENOMEM;
+            goto out;
+        }
+        for ( i = 0; i < nr; i++ )
+            gfns[i] = first_gfn + i;
+        map = xenforeignmemory_map(fmem, domid, writable ? PROT_READ | PROT_WRITE : PROT_READ,
+                                   nr, gfns, errs);
+        if ( !map )
+            *first_error = errno;
+        for ( i = 0; map && i < nr; i++ )
+            if ( errs[i] ) {   /* negative in practice, positive by the header: take both */
+                ++*nr_bad;
+                if ( !*first_error )
+                    *first_error = abs(errs[i]);
+            }
+    out:
+        free(gfns); free(errs);
+        return map;
+    }
+
+    /* present[i] = whether dom0 can map gfns[i] of the domain.  Returns 0 or -errno. */
+    static int xshm_foreign_probe(xenforeignmemory_handle *fmem, uint32_t domid,
+                                  const uint64_t *gfns, size_t nr, uint8_t *present)
+    {
+        xen_pfn_t *frames = calloc(nr, sizeof *frames);
+        int *errs = calloc(nr, sizeof *errs), rc = 0;
+        void *map;
+        size_t i;
+
+        if ( !frames || !errs ) {
+            free(frames); free(errs);
+            return -ENOMEM;
+        }
+        for ( i = 0; i < nr; i++ )
+            frames[i] = gfns[i];
+        map = xenforeignmemory_map(fmem, domid, PROT_READ, nr, frames, errs);
+        if ( !map )
+            rc = -errno;
+        else {
+            for ( i = 0; i < nr; i++ )
+                present[i] = errs[i] == 0;
+            xenforeignmemory_unmap(fmem, map, nr);
+        }
+        free(frames); free(errs);
+        return rc;
+    }
+    """,
+    libraries=list(STABLE_LIBRARIES),
+    extra_compile_args=list(COMPILE_ARGS),
+    py_limited_api=True,
+    # Without Xen's headers the package still installs: every unit test runs, and xen/_ffi.py says
+    # what is missing to whoever needs the module.
+    optional=True,
+)
+
+XENCTRL = FFI()
+XENCTRL.cdef(
+    """
+    typedef struct xc_interface_core xc_interface;
+    typedef uint64_t xen_pfn_t;
+
+    xc_interface *xshm_xc_open(void);
+    int xc_interface_close(xc_interface *xch);
+
+    typedef struct { uint8_t handle[16]; uint32_t flags, max_vcpus, max_evtchn_port;
+                     int32_t max_grant_frames, max_maptrack_frames; uint32_t grant_opts,
+                     vmtrace_size, emulation_flags; } xshm_recipe;
+    void xshm_holder_recipe(const uint8_t handle[16], xshm_recipe *out);
+    int xshm_create_holder(xc_interface *xch, const uint8_t handle[16], uint32_t *domid);
+    int xc_domain_max_vcpus(xc_interface *xch, uint32_t domid, unsigned int max);
+    int xc_domain_setmaxmem(xc_interface *xch, uint32_t domid, uint64_t max_memkb);
+    int xc_domain_set_target(xc_interface *xch, uint32_t domid, uint32_t target);
+    int xc_domain_pause(xc_interface *xch, uint32_t domid);
+    int xc_domain_unpause(xc_interface *xch, uint32_t domid);
+    int xc_domain_destroy(xc_interface *xch, uint32_t domid);
+    int xc_domain_shutdown(xc_interface *xch, uint32_t domid, int reason);
+    int xc_get_paging_mempool_size(xc_interface *xch, uint32_t domid, uint64_t *size);
+    int xc_set_paging_mempool_size(xc_interface *xch, uint32_t domid, uint64_t size);
+    int xc_domain_populate_physmap(xc_interface *xch, uint32_t domid, unsigned long nr_extents,
+                                   unsigned int extent_order, unsigned int mem_flags,
+                                   xen_pfn_t *extent_start);
+    int xc_domain_decrease_reservation(xc_interface *xch, uint32_t domid,
+                                       unsigned long nr_extents, unsigned int extent_order,
+                                       xen_pfn_t *extent_start);
+    int xc_domain_cacheflush(xc_interface *xch, uint32_t domid, xen_pfn_t start, xen_pfn_t nr);
+    int xc_evtchn_alloc_unbound(xc_interface *xch, uint32_t domid, uint32_t remote_dom);
+
+    typedef struct { uint32_t domid, flags, max_vcpu_id, nr_online_vcpus, gpaddr_bits;
+                     uint64_t tot_pages, max_pages, cpu_time; uint8_t handle[16]; } xshm_info;
+    int xshm_domain_list(xc_interface *xch, uint32_t first, unsigned int max, xshm_info *out);
+
+    typedef struct { uint32_t major, minor, has_hvm, has_hap; uint64_t total_pages, free_pages;
+                     char extra[17]; char command_line[1025]; int is_arm; } xshm_host;
+    int xshm_host_info(xc_interface *xch, xshm_host *out);
+
+    #define XEN_DOMINF_dying ...
+    #define XEN_DOMINF_hvm_guest ...
+    #define XEN_DOMINF_shutdown ...
+    #define XEN_DOMINF_paused ...
+    #define XEN_DOMINF_hap ...
+    #define XEN_DOMINF_shutdownmask ...
+    #define XEN_DOMINF_shutdownshift ...
+    """
+)
+XENCTRL.set_source(
+    "xshmd.xen._xenctrl",
+    r"""
+    #include <alloca.h>   /* cffi's own code */
+    #include <errno.h>
+    #include <stdint.h>
+    #include <stdio.h>
+    #include <string.h>
+    #include <xenctrl.h>
+    #include <xentoollog.h>
+
+    typedef struct { uint8_t handle[16]; uint32_t flags, max_vcpus, max_evtchn_port;
+                     int32_t max_grant_frames, max_maptrack_frames; uint32_t grant_opts,
+                     vmtrace_size, emulation_flags; } xshm_recipe;
+    typedef struct { uint32_t domid, flags, max_vcpu_id, nr_online_vcpus, gpaddr_bits;
+                     uint64_t tot_pages, max_pages, cpu_time; uint8_t handle[16]; } xshm_info;
+    typedef struct { uint32_t major, minor, has_hvm, has_hap; uint64_t total_pages, free_pages;
+                     char extra[17]; char command_line[1025]; int is_arm; } xshm_host;
+
+    static xc_interface *xshm_xc_open(void)
+    {
+        /* libxenctrl's own complaints would go to stderr without a domain's name or a remedy;
+         * every error comes back as an errno, and is reported by us with both. */
+        xentoollog_logger *quiet = (xentoollog_logger *)
+            xtl_createlogger_stdiostream(stderr, XTL_CRITICAL, 0);
+        return xc_interface_open(quiet, quiet, 0);
+    }
+
+    /* The holder: looks like an ordinary HVM guest, has a vCPU 0 that never runs, no event channel
+     * but the reserved port 0, the smallest grant table there is, no maptrack. */
+    static void xshm_fill(const uint8_t handle[16], struct xen_domctl_createdomain *c)
+    {
+        memset(c, 0, sizeof *c);
+        memcpy(c->handle, handle, 16);
+        c->flags = XEN_DOMCTL_CDF_hvm | XEN_DOMCTL_CDF_hap;
+        c->max_vcpus = 1;
+        c->max_evtchn_port = 0;
+        c->max_grant_frames = 1;
+        c->max_maptrack_frames = 0;
+        c->grant_opts = XEN_DOMCTL_GRANT_version(1);
+    #if defined(__x86_64__)
+        c->arch.emulation_flags =
+            XEN_X86_EMU_ALL & ~(XEN_X86_EMU_VPCI | XEN_X86_EMU_USE_PIRQ);
+    #elif defined(__aarch64__)
+        c->arch.gic_version = XEN_DOMCTL_CONFIG_GIC_NATIVE;
+    #else
+    #error "Xen runs this project's guests on x86_64 and arm64 only"
+    #endif
+    }
+
+    static void xshm_holder_recipe(const uint8_t handle[16], xshm_recipe *out)
+    {
+        struct xen_domctl_createdomain c;
+        xshm_fill(handle, &c);
+        memset(out, 0, sizeof *out);
+        memcpy(out->handle, c.handle, 16);
+        out->flags = c.flags;
+        out->max_vcpus = c.max_vcpus;
+        out->max_evtchn_port = c.max_evtchn_port;
+        out->max_grant_frames = c.max_grant_frames;
+        out->max_maptrack_frames = c.max_maptrack_frames;
+        out->grant_opts = c.grant_opts;
+        out->vmtrace_size = c.vmtrace_size;
+    #if defined(__x86_64__)
+        out->emulation_flags = c.arch.emulation_flags;
+    #endif
+    }
+
+    static int xshm_create_holder(xc_interface *xch, const uint8_t handle[16], uint32_t *domid)
+    {
+        struct xen_domctl_createdomain c;
+        xshm_fill(handle, &c);
+        *domid = 0x7FF5;   /* DOMID_ANY, by number: the name is younger than Xen 4.18's headers */
+        return xc_domain_create(xch, domid, &c);
+    }
+
+    static int xshm_domain_list(xc_interface *xch, uint32_t first, unsigned int max, xshm_info *out)
+    {
+        xc_domaininfo_t infos[64];
+        int n, i;
+
+        n = xc_domain_getinfolist(xch, first, max < 64 ? max : 64, infos);
+        for ( i = 0; i < n; i++ ) {
+            memset(&out[i], 0, sizeof out[i]);
+            out[i].domid = infos[i].domain;
+            out[i].flags = infos[i].flags;
+            out[i].max_vcpu_id = infos[i].max_vcpu_id;
+            out[i].nr_online_vcpus = infos[i].nr_online_vcpus;
+            out[i].gpaddr_bits = infos[i].gpaddr_bits;
+            out[i].tot_pages = infos[i].tot_pages;
+            out[i].max_pages = infos[i].max_pages;
+            out[i].cpu_time = infos[i].cpu_time;
+            memcpy(out[i].handle, infos[i].handle, 16);
+        }
+        return n;
+    }
+
+    static int xshm_host_info(xc_interface *xch, xshm_host *out)
+    {
+        xc_physinfo_t phys;
+        xen_extraversion_t extra;
+        xen_commandline_t command_line;
+        int version;
+
+        memset(out, 0, sizeof *out);
+        memset(&phys, 0, sizeof phys);
+        memset(extra, 0, sizeof extra);
+        memset(command_line, 0, sizeof command_line);
+        version = xc_version(xch, XENVER_version, NULL);
+        if ( version < 0 || xc_version(xch, XENVER_extraversion, &extra) < 0 ||
+             xc_version(xch, XENVER_commandline, &command_line) < 0 || xc_physinfo(xch, &phys) )
+            return -1;
+        out->major = version >> 16;
+        out->minor = version & 0xffff;
+        memcpy(out->extra, extra, 16);
+        memcpy(out->command_line, command_line, 1024);
+        out->has_hvm = !!(phys.capabilities & XEN_SYSCTL_PHYSCAP_hvm);
+        out->has_hap = !!(phys.capabilities & XEN_SYSCTL_PHYSCAP_hap);
+        out->total_pages = phys.total_pages;
+        out->free_pages = phys.free_pages;
+    #if defined(__aarch64__)
+        out->is_arm = 1;
+    #endif
+        return 0;
+    }
+    """,
+    libraries=list(XENCTRL_LIBRARIES),
+    extra_compile_args=list(COMPILE_ARGS),
+    py_limited_api=True,
+    optional=True,
+)
+
+_MODULES = (
+    ("xshmd.xen._stable", STABLE, STABLE_LIBRARIES),
+    ("xshmd.xen._xenctrl", XENCTRL, XENCTRL_LIBRARIES),
+)
+
+
+def emit(directory: Path) -> list[dict[str, object]]:
+    """Write each module's C source into ``directory``; return what to compile and link."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recipes: list[dict[str, object]] = []
+    for module, builder, libraries in _MODULES:
+        c_file = directory / f"{module.rpartition('.')[2]}.c"
+        with contextlib.redirect_stdout(sys.stderr):  # it chats; stdout is for our JSON
+            builder.emit_c_code(str(c_file))
+        recipes.append({"module": module, "c_file": str(c_file), "libraries": list(libraries)})
+    return recipes
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "emit":
+        sys.exit("usage: cffi_build.py emit OUTDIR")
+    print(json.dumps(emit(Path(sys.argv[2])), indent=1))

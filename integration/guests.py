@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A region of memory is only shared if guests see it: the rig's guests are built here.
+
+What they are is in integration/guests/; its build.py makes them with the tool root's compilers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from integration.arch import Arch
+from integration.cache import Cache, Entry, Recipe
+from integration.images import Image
+from integration.sources import PROJECT, source_files, sources_digest
+from integration.toolroot import ToolRoot
+
+GUESTS = PROJECT / "integration/guests"
+
+
+def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry | None:
+    """The guests' files from the cache, built first if need be; None if there are no sources."""
+    if not (GUESTS / "build.py").exists():
+        return None
+    recipe = Recipe(
+        f"guests-{arch.name}",
+        f"the {arch.name} guests",
+        1,
+        (arch.name, tools.key, image.key, sources_digest(source_files(GUESTS))),
+    )
+
+    def build(content: Path, log: Path) -> None:
+        tools.run(
+            ["python3", "integration/guests/build.py", arch.name, "/rig/out"],
+            binds={PROJECT: "/rig/src", content: "/rig/out", image.busybox: "/rig/busybox"},
+            cwd="/rig/src",
+            env={"BUSYBOX": "/rig/busybox", "PYTHONDONTWRITEBYTECODE": "1"},
+            log=log,
+            timeout_s=300,
+        )
+
+    return cache.get(recipe, build)

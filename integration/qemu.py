@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Xen boots in QEMU only if a dozen things are said right: this is where, and why, they are said.
+
+Each setting below that looks odd was found by a machine that crashed without it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from integration.agent import PORT_NAME
+from integration.arch import Arch
+
+# Where the machine's files are seen inside the tool root.
+IMAGE = "/rig/image"
+PAYLOAD = "/rig/payload.tar"
+RUN = "/rig/run"
+ARTEFACTS = "/rig/artefacts"
+CHANNEL_SOCKET = "dom0.sock"
+CONSOLE_LOG = "console.log"
+
+# QEMU puts its device tree at 0x4800_0000 on `virt`: the boot modules keep clear of it.
+_ARM64_KERNEL_AT = 0x5000_0000
+_ARM64_INITRAMFS_AT = 0x5800_0000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large the machine is and what it boots into.
+
+    Attributes:
+        memory_mib: the whole machine's.
+        dom0_memory_mib: dom0's share; guests and regions have the rest.
+        smp: host CPUs. Dom0 has CPU 0 to itself.
+        init: "rig" (ready in seconds) or "systemd" (as on a real machine).
+        xen_args: added to Xen's command line.
+        linux_args: added to dom0's kernel command line.
+    """
+
+    memory_mib: int = 3072
+    dom0_memory_mib: int = 1024
+    smp: int = 2
+    init: str = "rig"
+    xen_args: tuple[str, ...] = ()
+    linux_args: tuple[str, ...] = ()
+
+
+_INITS = {"rig": "/rig/rig-init", "systemd": "/lib/systemd/systemd"}
+
+
+def accelerator(arch: Arch) -> str:
+    """What QEMU runs the machine with: "kvm" if Xen finds virtualisation inside, else "tcg".
+
+    A /dev/kvm that opens is not enough: without vmx or svm, and nesting, Xen dies at its start.
+    """
+    if os.environ.get("XSHMD_ACCEL"):
+        return os.environ["XSHMD_ACCEL"]
+    if arch.name != "x86_64" or platform.machine() != "x86_64":
+        return "tcg"  # nested virtualisation on Arm is too new to rely on
+    flags = re.search(r"^flags\s*:.*\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.M)
+    if not flags or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    module = {"vmx": "kvm_intel", "svm": "kvm_amd"}[flags.group(1)]
+    nested = Path(f"/sys/module/{module}/parameters/nested")
+    return "kvm" if nested.exists() and nested.read_text().strip() in ("1", "Y") else "tcg"
+
+
+def command(arch: Arch, shape: Shape, *, kernel_bytes: int, initramfs_bytes: int) -> list[str]:
+    """QEMU's command line, with paths as they are inside the tool root."""
+    if shape.init not in _INITS:
+        raise ValueError(f"init is {' or '.join(_INITS)}, not {shape.init}")
+    accel = accelerator(arch)
+    build = _x86_64 if arch.name == "x86_64" else _arm64
+    machine = build(shape, accel)
+    if arch.name == "arm64" and kernel_bytes > _ARM64_INITRAMFS_AT - _ARM64_KERNEL_AT:
+        raise ValueError(f"a kernel of {kernel_bytes} bytes runs into the initramfs")
+    return [
+        *machine,
+        *("-accel", "tcg,thread=multi" if accel == "tcg" else accel),
+        *("-m", str(shape.memory_mib), "-smp", str(shape.smp)),
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"),
+        *("-chardev", f"file,id=console,path={ARTEFACTS}/{CONSOLE_LOG}"),
+        *("-serial", "chardev:console"),
+        *("-chardev", f"socket,id=channel,path={RUN}/{CHANNEL_SOCKET},server=on,wait=off"),
+        *("-device", f"virtserialport,chardev=channel,name={PORT_NAME}"),
+    ]
+
+
+def _xen_args(shape: Shape, *own: str) -> str:
+    """Xen's command line. All log levels: what guests say to the emulated port 0xE9 goes there."""
+    memory = f"dom0_mem={shape.dom0_memory_mib}M,max:{shape.dom0_memory_mib}M"
+    words = (memory, "dom0_max_vcpus=1", "loglvl=all", "guest_loglvl=all", "conring_size=1M")
+    return " ".join((*own, *words, "noreboot", *shape.xen_args))
+
+
+def _linux_args(shape: Shape, *own: str) -> str:
+    words = ("console=hvc0", f"init={_INITS[shape.init]}", "systemd.unit=multi-user.target")
+    return " ".join((*own, *words, "panic=5", *shape.linux_args))
+
+
+def _x86_64(shape: Shape, accel: str) -> list[str]:
+    own = ["console=com1", "com1=115200,8n1"]
+    if accel == "tcg":
+        # Unpinned, dom0's programs now and then die in ld.so once HVM guests run. Without eager
+        # FPU switching two HVM guests on one CPU corrupt each other's vector registers.
+        own += ["dom0_vcpus_pin", "spec-ctrl=eager-fpu"]
+    xen = _xen_args(shape, *own)
+    linux = _linux_args(shape, "root=/dev/sda", "mitigations=off")
+    return [
+        "qemu-system-x86_64",
+        *("-machine", "q35"),
+        # With MONITOR/MWAIT exposed Xen panics in mwait_idle_with_hints.
+        *("-cpu", "EPYC,-monitor" if accel == "tcg" else "host"),
+        *("-kernel", f"{IMAGE}/xen", "-append", xen),
+        *("-initrd", f"{IMAGE}/kernel {_commas(linux)},{IMAGE}/initramfs"),
+        # For a PV dom0 guest-physical is not machine-physical: disks must be real DMA devices, and
+        # virtio ones must go through the DMA API.
+        *("-device", "ahci,id=ahci"),
+        *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
+        *("-device", "ide-hd,drive=root,bus=ahci.0"),
+        *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
+        *("-device", "ide-hd,drive=payload,bus=ahci.1"),
+        *("-device", "virtio-serial-pci,iommu_platform=on,disable-legacy=on"),
+    ]
+
+
+def _arm64(shape: Shape, accel: str) -> list[str]:
+    del accel
+    xen = _xen_args(shape, "console=dtuart", "dtuart=/pl011@9000000", "bootscrub=0")
+    linux = _linux_args(shape)
+    return [
+        "qemu-system-aarch64",
+        *("-machine", "virt,virtualization=on,gic-version=3", "-cpu", "cortex-a57"),
+        *("-kernel", f"{IMAGE}/xen", "-append", xen),
+        # guest-loader places a file and says so in the device tree, as Xen's boot protocol wants.
+        *_loader(_ARM64_KERNEL_AT, f"kernel={IMAGE}/kernel,bootargs={_commas(linux)}"),
+        *_loader(_ARM64_INITRAMFS_AT, f"initrd={IMAGE}/initramfs"),
+        # An Arm dom0 is direct-mapped: plain virtio does.
+        *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
+        *("-device", "virtio-blk-device,drive=root"),
+        *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
+        *("-device", "virtio-blk-device,drive=payload"),
+        *("-device", "virtio-serial-device"),
+    ]
+
+
+def _loader(address: int, what: str) -> Sequence[str]:
+    return ("-device", f"guest-loader,addr={address:#x},{what}")
+
+
+def _commas(text: str) -> str:
+    """QEMU's option parser takes a comma as an end unless it is doubled."""
+    return text.replace(",", ",,")

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is taken from a guest's configuration, and that only shared memory can make it an error."""
+
+import pytest
+
+from xshmd.config.findings import errors_of
+from xshmd.config.guest import c_long, guest_config
+from xshmd.errors import ConfigError, ConfigUnreadable
+from xshmd.model import Arch, GuestConfig, GuestType, Place
+
+ENTRY = 'static_shm = ["id=r, begin=0x1000000000, size=0x1000, role=owner"]\n'
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def read(text: str, arch: Arch | None = Arch.X86_64, own_name: str = "") -> GuestConfig:
+    return guest_config(
+        f'{text}\nname = "vm"\n' + ENTRY, file="vm.cfg", arch=arch, own_name=own_name
+    )
+
+
+def test_all_that_matters() -> None:
+    config = guest_config(
+        f'name="vm"\nuuid="{UUID.upper()}"\ntype="hvm"\nmemory=64\nmaxmem="0x100"\nhap=0\n'
+        "altp2m='external'\nnestedhvm=1\nvcpus=2\n" + ENTRY,
+        file="vm.cfg",
+    )
+    (request,) = config.requests
+    assert str(request.place) == "vm.cfg:10: static_shm[0]"
+    assert config == GuestConfig(
+        name="vm",
+        uuid=UUID,
+        guest_type=GuestType.HVM,
+        memory_mib=64,
+        maxmem_mib=256,
+        hap=False,
+        altp2m=True,
+        nestedhvm=True,
+        requests=(request,),
+        place=Place(file="vm.cfg", key="name", line=1),
+    )
+
+
+def test_what_is_not_said() -> None:
+    config = guest_config("name='vm'\n", file="vm.cfg")
+    assert config == GuestConfig(name="vm", place=Place(file="vm.cfg", key="name", line=1))
+    assert config.requests == ()
+
+
+def test_a_name_may_be_a_number() -> None:
+    assert guest_config("name = 12\n", file="f").name == "12"
+
+
+@pytest.mark.parametrize(
+    ("text", "arch", "expected"),
+    [
+        ("", Arch.X86_64, GuestType.PV),
+        ("", Arch.ARM64, GuestType.PVH),
+        ("", None, GuestType.PVH),
+        ("type='pv'", Arch.X86_64, GuestType.PV),
+        ("type='pv'", None, GuestType.PV),
+        ("type='pv'", Arch.ARM64, GuestType.PVH),
+        ("type='hvm'", Arch.ARM64, GuestType.PVH),
+        ("type='pvh'", Arch.X86_64, GuestType.PVH),
+        ("type='hvm'", Arch.X86_64, GuestType.HVM),
+        ("type='h'", Arch.X86_64, GuestType.HVM),
+        ("type='p'", Arch.X86_64, GuestType.PV),
+        ("builder='hvm'", Arch.X86_64, GuestType.HVM),
+        ("builder='generic'", Arch.X86_64, GuestType.PV),
+        ("builder='hvm'\ntype='hvm'", Arch.X86_64, GuestType.HVM),
+    ],
+)
+def test_type(text: str, arch: Arch | None, expected: object) -> None:
+    assert read(text, arch).guest_type is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "attribute", "expected"),
+    [
+        ("hap=1", "hap", True),
+        ("hap='0'", "hap", False),
+        ("nestedhvm=0", "nestedhvm", False),
+        ("altp2m=0", "altp2m", False),
+        ("altp2m=3", "altp2m", True),
+        ("altp2m='disabled'", "altp2m", False),
+        ("altp2m='mixed'", "altp2m", True),
+        ("altp2mhvm=1", "altp2m", True),
+        ("altp2mhvm=0", "altp2m", False),
+        ("memory=010", "memory_mib", 8),
+        ("pvshim=0\ntype='pvh'", "hap", True),
+        ("pvshim=1\ntype='hvm'", "hap", True),
+    ],
+)
+def test_flags_and_numbers_as_xl_reads_them(text: str, attribute: str, expected: object) -> None:
+    assert getattr(read(text), attribute) == expected
+
+
+WRONG = [
+    ("uuid='x'", "vm.cfg:1: uuid: it is no UUID"),
+    (f"uuid='{UUID}0'", "vm.cfg:1: uuid: it is no UUID"),
+    ("type='xen'", "vm.cfg:1: type: 'xen' is not known"),
+    ("builder='linux'", "vm.cfg:1: builder: 'linux' is not known"),
+    ("type='pvh'\nbuilder='hvm'", "vm.cfg:2: builder: it contradicts type=pvh"),
+    ("type='pvh'\npvshim=1", "vm.cfg:2: pvshim: the PV guest inside"),
+    ("hap='yes'", "vm.cfg:1: hap: 'yes' is not a number"),
+    ("hap=[1]", "vm.cfg:1: hap: hap is a list, not a single value"),
+    ("memory=[64]", "vm.cfg:1: memory: memory is a list"),
+    ("memory='64M'", "vm.cfg:1: memory: '64M' is not a number"),
+    ("memory='-1'", "vm.cfg:1: memory: -1 MiB is less than nothing"),
+    ("maxmem=08", "vm.cfg:1: maxmem: '08' is not a number"),
+    ("memory+=64", "vm.cfg:1: memory: xl takes no number from '+='"),
+    ("altp2m='on'", "vm.cfg:1: altp2m: 'on' is not known"),
+    ("altp2m=4", "vm.cfg:1: altp2m: '4' is not known"),
+    ("nestedhvm='x'", "vm.cfg:1: nestedhvm: 'x' is not a number"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_what_is_wrong_beside_shared_memory(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", [text for text, _ in WRONG])
+def test_without_shared_memory_nothing_else_is_looked_at(text: str) -> None:
+    assert guest_config(f"{text}\nname='vm'\n", file="vm.cfg").name == "vm"
+    assert guest_config(f"{text}\nname='vm'\nstatic_shm=[]\n", file="vm.cfg").name == "vm"
+
+
+@pytest.mark.parametrize("text", ["", "name=''\n", "name=['vm']\n"])
+def test_a_guest_has_a_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="the guest has no name"):
+        guest_config(text, file="vm.cfg")
+
+
+def test_our_own_files_need_neither_name_nor_type() -> None:
+    config = guest_config(ENTRY, file="vm.cfg", arch=Arch.X86_64, own_name="vm")
+    assert (config.name, config.guest_type) == ("vm", GuestType.PVH)
+    assert read("type='pv'", own_name="x").guest_type is GuestType.PV
+    assert read("", own_name="x").name == "vm"
+
+
+def test_the_key_of_2017() -> None:
+    with pytest.raises(ConfigError) as caught:
+        guest_config("name='vm'\nstatic_shared_mem=['id=1']\n", file="vm.cfg")
+    assert "vm.cfg:2: static_shared_mem: the key is now static_shm" in caught.value.message
+
+
+def test_all_that_is_wrong_is_in_one_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        guest_config("uuid='x'\nmemory='y'\nstatic_shm=['id=r']\n", file="vm.cfg")
+    assert len(errors_of(caught.value)) == 6
+    assert "; and 5 more: " in caught.value.message
+    assert caught.value.facts == {"file": "vm.cfg", "place": "static_shm[0]", "line": 3}
+
+
+def test_a_text_that_is_not_of_the_language() -> None:
+    with pytest.raises(ConfigUnreadable, match=r"vm\.cfg:1"):
+        guest_config(b"\xff", file="vm.cfg")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0), ("12", 12), ("+7", 7), ("-7", -7), (" \n5", 5), ("0x1F", 31), ("017", 15),
+        ("", None), ("5 ", None), ("08", None), ("0x", None), ("1f", None), ("x", None),
+        ("9223372036854775807", (1 << 63) - 1), ("9223372036854775808", None), ("9" * 5000, None),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_strtol(text: str, number: int | None) -> None:
+    assert c_long(text) == number

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A daemon without Xen behind its socket, for the tests of the server, the client and xshmctl."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from xshmd.daemon import service
+from xshmd.errors import XshmError
+from xshmd.model import (
+    Arch,
+    Guest,
+    GuestConfig,
+    GuestState,
+    Holder,
+    HostInfo,
+    Prot,
+    Region,
+    RegionRequest,
+    Role,
+)
+from xshmd.ports import RegionsApi, Snapshot
+from xshmd.units import DomId, Gfn
+from xshmd.varlink.server import Limits, open_listener, serve
+
+HOST = HostInfo(
+    arch=Arch.X86_64,
+    xen_version=(4, 20),
+    xen_extra=".4",
+    xen_command_line="dom0_mem=1024M scrub-domheap",
+    has_hvm=True,
+    has_hap=True,
+    free_pages=1 << 18,
+    total_pages=1 << 19,
+)
+
+
+def request(region_id: str = "r0", first_gfn: int = 0x38000, nr_frames: int = 256) -> RegionRequest:
+    return RegionRequest(
+        region_id=region_id, first_gfn=Gfn(first_gfn), nr_frames=nr_frames, role=Role.OWNER
+    )
+
+
+OWNER = Guest(
+    domid=DomId(5),
+    uuid="00000000-0000-0000-0000-000000000005",
+    name="ctl",
+    generation="g5",
+    state=GuestState.ATTACHED,
+    holder_uuid="00000000-0000-0000-0000-000000000003",
+    requests=(request(),),
+)
+BORROWER = Guest(
+    domid=DomId(6),
+    uuid="00000000-0000-0000-0000-000000000006",
+    name="log",
+    generation="g6",
+    state=GuestState.REBOOTING,
+    holder_uuid=OWNER.holder_uuid,
+    requests=(
+        RegionRequest(
+            region_id="r0",
+            first_gfn=Gfn(0x40000),
+            nr_frames=2,
+            offset_frames=1,
+            role=Role.BORROWER,
+            prot=Prot.RO,
+        ),
+    ),
+)
+SNAPSHOT = Snapshot(
+    holders=(Holder(uuid=OWNER.holder_uuid, domid=DomId(3), next_gfn=Gfn(0x300)),),
+    regions=(
+        Region(
+            region_id="r0",
+            nr_frames=256,
+            holder_uuid=OWNER.holder_uuid,
+            holder_first_gfn=Gfn(0x100),
+            owner="ctl",
+            ready=True,
+        ),
+    ),
+    guests=(BORROWER, OWNER),
+)
+
+
+class FakeRegions(RegionsApi):
+    """Answers from what the test put in; records what it was asked."""
+
+    def __init__(self) -> None:
+        self.now = SNAPSHOT
+        self.refusal: BaseException | None = None
+        self.wait_outcome: Guest | BaseException | None = OWNER
+        """None: wait_guest never returns."""
+        self.declared: list[GuestConfig] = []
+        self.withdrawn: list[str] = []
+        self.waited: list[tuple[str, float]] = []
+        self.waiting = trio.Event()
+        self.wait_cancelled = trio.Event()
+
+    def snapshot(self) -> Snapshot:
+        return self.now
+
+    async def declare(self, config: GuestConfig) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.declared.append(config)
+
+    async def withdraw(self, name: str) -> None:
+        self.withdrawn.append(name)
+
+    async def wait_guest(self, name: str, timeout_s: float) -> Guest:
+        self.waited.append((name, timeout_s))
+        self.waiting.set()
+        if self.wait_outcome is None:
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled:
+                self.wait_cancelled.set()
+                raise
+        if isinstance(self.wait_outcome, BaseException):
+            raise self.wait_outcome
+        assert self.wait_outcome is not None
+        return self.wait_outcome
+
+    async def host(self) -> HostInfo:
+        return HOST
+
+
+def limits() -> Limits:
+    return Limits(allowed_uids=frozenset({os.getuid()}))
+
+
+@contextlib.contextmanager
+def daemon(path: Path, api: RegionsApi) -> Iterator[None]:
+    """Serve ``api`` at ``path`` from a thread of its own until the block ends."""
+    started = threading.Event()
+    inside: list[tuple[trio.lowlevel.TrioToken, trio.CancelScope]] = []
+    failed: list[BaseException] = []
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            inside.append((trio.lowlevel.current_trio_token(), scope))
+            async with trio.open_nursery() as nursery:
+                dispatcher = service.dispatcher(api)
+                listener = open_listener(path, environ={})
+                await nursery.start(
+                    lambda task_status: serve(
+                        listener, dispatcher, limits=limits(), task_status=task_status
+                    )
+                )
+                started.set()
+
+    def body() -> None:
+        try:
+            trio.run(main)
+        except BaseException as exc:
+            failed.append(exc)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    started.wait()
+    try:
+        assert not failed, failed
+        yield
+    finally:
+        if not failed:
+            token, scope = inside[0]
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(scope.cancel)
+        thread.join()
+    if failed:
+        raise XshmError("the daemon under test died") from failed[0]

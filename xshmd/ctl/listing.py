@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``xshmctl list``: one line a region, or with ``--guests`` one line a guest."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from xshmd.ctl import render
+from xshmd.units import human_size
+from xshmd.varlink.client import Client
+
+REGION_HEADER = ("ID", "SIZE", "LIFETIME", "OWNER", "HOLDER", "MEMBERS")
+GUEST_HEADER = ("NAME", "DOMAIN", "STATE", "HOLDER", "REGIONS")
+
+
+def run(options: argparse.Namespace) -> int:
+    """List what there is."""
+    with Client(options.socket) as client:
+        reply = client.call("ListGuests" if options.guests else "ListRegions")
+    if options.json != "off":
+        render.print_json(reply, options.json)
+    elif options.guests:
+        rows = [_guest_row(guest) for guest in reply["guests"]]
+        render.print_table(GUEST_HEADER, rows, legend=options.legend, noun="guest")
+    else:
+        rows = [_region_row(region) for region in reply["regions"]]
+        render.print_table(REGION_HEADER, rows, legend=options.legend, noun="region")
+    return 0
+
+
+def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
+    members = [
+        f"{member['guest']}@{render.frame(member['firstFrame'])}" for member in region["members"]
+    ]
+    return (
+        region["id"],
+        human_size(region["sizeBytes"]),
+        region["lifetime"],
+        region.get("owner") or "-",
+        _number(region.get("holderDomainId")),
+        ",".join(members) or "-",
+    )
+
+
+def _guest_row(guest: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        guest["name"],
+        _number(guest.get("domainId")),
+        guest["state"],
+        _number(guest.get("holderDomainId")),
+        ",".join(guest["regions"]) or "-",
+    )
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)

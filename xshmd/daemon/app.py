@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Composes the daemon: the only place where the real Xen, the real xenstore and the rest meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+
+import structlog
+import trio
+
+from xshmd import __version__
+from xshmd.config.finder import Finder
+from xshmd.daemon.sdnotify import Notifier
+from xshmd.daemon.service import dispatcher
+from xshmd.engine.reconciler import Options, Reconciler
+from xshmd.varlink import server
+from xshmd.xen.hypervisor import XenHypervisor
+from xshmd.xen.libxl_lock import LibxlCreationLock
+from xshmd.xen.store import open_store
+
+log = structlog.get_logger()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line says."""
+
+    socket_path: Path
+    options: Options
+
+
+class WallClock:
+    """The real :class:`~xshmd.ports.Clock`."""
+
+    def now(self) -> float:
+        return time.time()
+
+
+async def run(settings: Settings) -> None:
+    """Run the daemon until SIGTERM or SIGINT."""
+    notifier = Notifier()
+    with XenHypervisor() as xen:
+        host = xen.host_info()
+        log.info("starting", version=__version__, xen=host.xen_text, arch=host.arch.value)
+        async with open_store() as store:
+            engine = Reconciler(
+                xen=xen,
+                store=store,
+                finder=Finder(arch=host.arch, on_skip=_say_skipped),
+                locks=LibxlCreationLock(),
+                clock=WallClock(),
+                options=settings.options,
+            )
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+                await nursery.start(engine.run)
+                listener = server.open_listener(settings.socket_path)
+                await nursery.start(server.serve, listener, dispatcher(engine))
+                notifier.send("READY=1", f"STATUS={_status(engine)}")
+                log.info("ready", socket=str(settings.socket_path), status=_status(engine))
+                if notifier.watchdog_s:
+                    nursery.start_soon(_feed_watchdog, notifier, engine)
+    notifier.send("STOPPING=1")
+    log.info("stopped")
+
+
+def _say_skipped(file: str, reason: str) -> None:
+    log.warning("configuration skipped", file=file, reason=reason)
+
+
+def _status(engine: Reconciler) -> str:
+    snapshot = engine.snapshot()
+    return f"{len(snapshot.regions)} regions, {len(snapshot.guests)} guests"
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name)
+            scope.cancel()
+            return
+
+
+async def _feed_watchdog(notifier: Notifier, engine: Reconciler) -> None:
+    while True:
+        # Only after a round through the reconciler: a daemon whose one writer is stuck is dead.
+        await engine.ping()
+        notifier.send("WATCHDOG=1", f"STATUS={_status(engine)}")
+        await trio.sleep(notifier.watchdog_s / 3)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one place that puts a holder's frames into a guest: checks, target, maps, all or nothing.
+
+Everything here is synchronous hypercalls on a guest that stands still, in one thread, so that no other
+part of the daemon can come between a check and what it allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from xshmd.engine.holders import enlarge_paging_pool
+from xshmd.errors import Conflict, DomainGone, HypercallFailed, Refused, XshmError
+from xshmd.model import Guest, Holder, Region, RegionRequest
+from xshmd.ports import Hypervisor
+from xshmd.units import PAGE_SHIFT, SUPERPAGE_FRAMES, Gfn, address_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """Frames of a holder and where a guest is to have them."""
+
+    request: RegionRequest
+    holder_gfn: Gfn
+
+
+def mappings(requests: Sequence[RegionRequest], regions: dict[str, Region]) -> tuple[Mapping, ...]:
+    """Return what is to be mapped for ``requests``, all of whose regions exist."""
+    return tuple(
+        Mapping(
+            request=request,
+            holder_gfn=Gfn(
+                regions[request.region_id].holder_first_gfn + request.offset_frames
+            ),
+        )
+        for request in requests
+    )
+
+
+def attach(
+    xen: Hypervisor, guest: Guest, holder: Holder, wanted: Sequence[Mapping], *, again: bool
+) -> None:
+    """Map everything a guest is to have, or leave it as it was found.
+
+    Args:
+        xen: The hypervisor.
+        guest: The guest, held still by a pause of ours.
+        holder: Its holder, anchored and verified a moment ago.
+        wanted: What to map.
+        again: True if an earlier attempt may have done some of it: then what is there is removed
+            first.  Mapping the same page twice at one frame is an error on x86, and on Arm leaks
+            the page for the life of the host (xen/arch/arm/mmu/p2m.c, ``__p2m_set_entry``).
+
+    Raises:
+        DomainGone: the guest ended meanwhile.
+        Refused, Conflict, HypercallFailed: why it cannot be; nothing is mapped.
+    """
+    _verify_guest(xen, guest, wanted)
+    if again:
+        for mapping in wanted:
+            xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
+    for mapping in wanted:
+        _check_empty(xen, guest, mapping.request)
+    enlarge_paging_pool(
+        xen, guest.domid, sum(mapping.request.nr_frames for mapping in wanted) + 4 * len(wanted)
+    )
+    _verify_holder(xen, holder)
+    _set_target(xen, guest, holder, again=again)
+    done: list[Mapping] = []
+    try:
+        for mapping in wanted:
+            request = mapping.request
+            xen.map_foreign(
+                guest.domid, request.first_gfn, holder.domid, mapping.holder_gfn, request.nr_frames
+            )
+            done.append(mapping)
+    except XshmError:
+        for mapping in done:
+            xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
+        raise
+
+
+def _verify_guest(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> None:
+    info = xen.domain_info(guest.domid)
+    if info is None or info.uuid != guest.uuid or info.dying:
+        raise DomainGone(
+            f"guest {guest.name} ended before it had its regions",
+            hint="start it again",
+            domid=guest.domid,
+        )
+    if not info.paused:
+        raise Conflict(
+            f"guest {guest.name}, domain {guest.domid}, was unpaused by somebody else before it "
+            "had its regions",
+            hint="do not `xl unpause` a guest that xshmd is still preparing",
+            domid=guest.domid,
+        )
+    if not info.hvm or not info.hap:
+        raise Refused(
+            f"guest {guest.name} is {'shadow-paged (hap=0)' if info.hvm else 'a PV guest'}, and only "
+            "hardware-paged HVM and PVH guests can have regions",
+            hint='say type="pvh" and leave hap alone',
+            domid=guest.domid,
+        )
+    for mapping in wanted:
+        if mapping.request.end_gfn > 1 << (info.gpaddr_bits - PAGE_SHIFT):
+            raise Refused(
+                f"{mapping.request.place}: region {mapping.request.region_id} ends at "
+                f"{address_of(mapping.request.end_gfn):#x}, beyond the {info.gpaddr_bits} address "
+                "bits Xen can map for a guest on this machine",
+                hint="say a lower begin",
+                domid=guest.domid,
+            )
+
+
+def _verify_holder(xen: Hypervisor, holder: Holder) -> None:
+    # The last look before the one step that cannot be undone: a wrong target would hand this guest
+    # all the memory of whoever has the holder's number.
+    info = xen.domain_info(holder.domid)
+    if info is None or info.uuid != holder.uuid or info.dying or not info.hvm:
+        raise Conflict(
+            f"domain {holder.domid} is not the holder {holder.uuid}",
+            hint="end the guests of this share group and start them anew",
+            holder=holder.uuid,
+        )
+
+
+def _check_empty(xen: Hypervisor, guest: Guest, request: RegionRequest) -> None:
+    """Refuse to map over anything present.
+
+    x86 would free the guest's page, Arm orphan it.  One frame in each 2 MiB is looked at, and the
+    first and last: what a toolstack populates beside the tables of ``policy.layout`` is RAM, which
+    comes in aligned 2 MiB pieces wherever it is that large.
+    """
+    first, last = request.first_gfn, request.end_gfn - 1
+    aligned = range(-(-first // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES, last + 1, SUPERPAGE_FRAMES)
+    look_at = sorted({first, last, *aligned})
+    present = xen.populated_frames(guest.domid, [Gfn(gfn) for gfn in look_at])
+    if present:
+        raise Refused(
+            f"{request.place}: region {request.region_id} would lie over memory that guest "
+            f"{guest.name} has already at {address_of(present[0]):#x}",
+            hint="say a begin outside the guest's RAM and devices; xshm-regions(7) lists free ranges",
+            domid=guest.domid,
+            region=request.region_id,
+        )
+
+
+def _set_target(xen: Hypervisor, guest: Guest, holder: Holder, *, again: bool) -> None:
+    try:
+        xen.set_target(guest.domid, holder.domid)
+    except DomainGone:
+        raise
+    except HypercallFailed as error:
+        # Set already: by the attempt this one repeats, whose record named this very holder before
+        # it acted.  If it was not, the maps that follow fail with EPERM and nothing is exposed.
+        if not again:
+            error.add_note(f"guest {guest.name} was to have the target {holder.uuid}")
+            raise

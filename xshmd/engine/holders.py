@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Holders and the frames in them: made by the recipe, known by UUID, never destroyed while targeted.
+
+Each holder has one *anchor* frame that belongs to no region.  dom0 keeps it mapped: while it is, the
+holder's domid cannot be given to another domain, so what was verified stays true.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import structlog
+
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.xen_worker import XenWorker
+from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, XshmError
+from xshmd.model import DomainInfo, Holder, Lifetime, Region
+from xshmd.policy.identity import new_holder_uuid
+from xshmd.ports import Hypervisor, PageMap, Store
+from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, bytes_of, human_size
+
+log = structlog.get_logger()
+
+ANCHOR_GFN: Final = Gfn(0x40000)
+"""1 GiB: ordinary RAM to either architecture's memory map, were the holder ever to run."""
+FIRST_REGION_GFN: Final = Gfn(ANCHOR_GFN + SUPERPAGE_FRAMES)
+NO_DOMAIN: Final = DomId(-1)
+"""In a holder's record: the domain is about to be made."""
+POOL_SLACK_FRAMES: Final = 16
+"""Paging-pool frames beyond the computed need: top-level tables, and Xen's own rounding."""
+
+
+def table_frames(nr_frames: int) -> int:
+    """Return how many p2m table frames map ``nr_frames`` 4 KiB entries, at the most.
+
+    One leaf table holds 512 entries, one above it 512 leaves; two more for an unaligned start.
+    """
+    return -(-nr_frames // SUPERPAGE_FRAMES) + -(-nr_frames // SUPERPAGE_FRAMES**2) + 4
+
+
+def enlarge_paging_pool(xen: Hypervisor, domid: DomId, nr_frames: int) -> None:
+    """Give the domain's p2m the table frames that ``nr_frames`` more entries need."""
+    pool_bytes = xen.paging_pool_bytes(domid)
+    extra_frames = table_frames(nr_frames) + POOL_SLACK_FRAMES
+    xen.set_paging_pool_bytes(domid, pool_bytes + bytes_of(extra_frames))
+
+
+class Holders:
+    """Makes, verifies, fills and destroys holders.  Used by the reconciler alone."""
+
+    def __init__(
+        self, xen: Hypervisor, worker: XenWorker, store: Store, ledger: Ledger, *, floor_bytes: int
+    ) -> None:
+        self._xen, self._worker, self._store, self._ledger = xen, worker, store, ledger
+        self._floor_bytes = floor_bytes
+        self._anchors: dict[str, PageMap] = {}
+
+    def close(self) -> None:
+        """Drop the anchors' mappings; the holders live on."""
+        for anchor in self._anchors.values():
+            anchor.close()
+        self._anchors.clear()
+
+    # -- a holder's life ------------------------------------------------------------------------
+
+    async def create(self) -> Holder:
+        """Make a holder with nothing in it but its anchor."""
+        holder = await self._ledger.put_holder(
+            Holder(uuid=new_holder_uuid(), domid=NO_DOMAIN, next_gfn=FIRST_REGION_GFN)
+        )
+        try:
+            domid = await self._worker.run(self._make_domain, holder.uuid)
+        except XshmError:
+            await self._ledger.drop_holder(holder.uuid)
+            raise
+        holder = await self._ledger.put_holder(dataclasses.replace(holder, domid=domid))
+        await self._name(holder)
+        await self.verify(holder)
+        log.info("holder created", holder=holder.uuid, domid=domid)
+        return holder
+
+    def _make_domain(self, uuid: str) -> DomId:
+        domid = self._xen.create_holder_domain(uuid)
+        try:
+            enlarge_paging_pool(self._xen, domid, 1)
+            self._xen.set_max_pages(domid, 1)
+            self._xen.populate(domid, ANCHOR_GFN, 1)
+            self._xen.zero(domid, ANCHOR_GFN, 1)
+            self._xen.set_max_pages(domid, 0)
+        except XshmError:
+            self._xen.destroy(domid)
+            raise
+        return domid
+
+    async def _name(self, holder: Holder) -> None:
+        # So that `xl list` shows it by name, and `xl shutdown -a` and xendomains, which ask every
+        # domain's type and write to its control/shutdown, neither stop at it nor fail
+        # (tools/libs/light/libxl_dom.c libxl__domain_type, libxl_domain.c).
+        at = f"/local/domain/{holder.domid}"
+        await self._store.write_many(
+            [
+                (f"{at}/name", f"xshm-{holder.uuid[-8:]}"),
+                (f"{at}/control/shutdown", ""),
+                (f"/libxl/{holder.domid}/type", "pvh"),
+            ]
+        )
+
+    async def verify(self, holder: Holder) -> DomainInfo:
+        """Pin the holder's domid, then prove that the domain of that number is this holder.
+
+        Raises:
+            Conflict: it is not; whatever it is, it is left alone.
+        """
+        if holder.domid == NO_DOMAIN:
+            raise self._lost(holder, "it was never made")
+        return await self._worker.run(self._verify_now, holder)
+
+    def _verify_now(self, holder: Holder) -> DomainInfo:
+        if holder.uuid not in self._anchors:
+            try:
+                self._anchors[holder.uuid] = self._xen.map_pages(
+                    holder.domid, ANCHOR_GFN, 1, writable=False
+                )
+            except HypercallFailed as error:
+                raise self._lost(holder, error.message) from error
+        info = self._xen.domain_info(holder.domid)
+        if info is None or info.uuid != holder.uuid or not (info.hvm and info.hap) or info.dying:
+            self._anchors.pop(holder.uuid).close()
+            raise self._lost(holder, "the domain of its number is another")
+        return info
+
+    @staticmethod
+    def _lost(holder: Holder, why: str) -> Conflict:
+        return Conflict(
+            f"the holder {holder.uuid}, domain {holder.domid}, is gone: {why}",
+            hint="its regions are lost; end the guests that had them and start them anew",
+            holder=holder.uuid,
+            domid=holder.domid,
+        )
+
+    async def destroy(self, holder: Holder) -> None:
+        """Destroy a holder that no live guest targets; Xen scrubs its pages as it frees them."""
+        anchor = self._anchors.pop(holder.uuid, None)
+        await self._worker.run(self._destroy_now, holder, anchor)
+        if holder.domid != NO_DOMAIN:
+            await self._store.remove(f"/local/domain/{holder.domid}")
+            await self._store.remove(f"/libxl/{holder.domid}")
+        await self._ledger.drop_holder(holder.uuid)
+        log.info("holder destroyed", holder=holder.uuid, domid=holder.domid)
+
+    def _destroy_now(self, holder: Holder, anchor: PageMap | None) -> None:
+        for info in self._xen.domains():
+            # By UUID alone: the record of one that was being made may not have its domid yet.
+            if info.uuid == holder.uuid and not info.dying:
+                self._xen.destroy(info.domid)
+        if anchor is not None:
+            anchor.close()
+
+    def forget(self, holder: Holder) -> None:
+        """Drop what pins a holder that somebody else destroyed."""
+        anchor = self._anchors.pop(holder.uuid, None)
+        if anchor is not None:
+            anchor.close()
+
+    # -- regions in it --------------------------------------------------------------------------
+
+    async def add_region(
+        self, holder: Holder, region_id: str, nr_frames: int, *, owner: str, lifetime: Lifetime
+    ) -> Region:
+        """Give the holder fresh, zeroed frames for a region.
+
+        Raises:
+            OutOfMemory: the host has not that much, or too little would be left; nothing is done.
+        """
+        await self._check_memory(region_id, nr_frames)
+        first = Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
+        region = await self._ledger.put_region(
+            Region(
+                region_id=region_id, nr_frames=nr_frames, holder_uuid=holder.uuid,
+                holder_first_gfn=first, owner=owner, lifetime=lifetime,
+            )
+        )  # fmt: skip
+        holder = await self._ledger.put_holder(
+            dataclasses.replace(holder, next_gfn=Gfn(first + nr_frames))
+        )
+        try:
+            await self.verify(holder)
+            await self._worker.run(self._populate_now, holder.domid, first, nr_frames)
+        except XshmError:
+            await self._ledger.drop_region(region_id)
+            raise
+        return await self._ledger.put_region(dataclasses.replace(region, ready=True))
+
+    async def _check_memory(self, region_id: str, nr_frames: int) -> None:
+        host = await self._worker.run(self._xen.host_info)
+        needed_bytes = bytes_of(nr_frames + table_frames(nr_frames)) + self._floor_bytes
+        if host.free_bytes < needed_bytes:
+            raise OutOfMemory(
+                f"region {region_id} needs {human_size(bytes_of(nr_frames))} and the host has "
+                f"{human_size(host.free_bytes)} free, of which {human_size(self._floor_bytes)} "
+                "stay free",
+                hint="end guests or give dom0 less memory (`xl mem-set 0 ...`)",
+                region=region_id,
+            )
+
+    def _populate_now(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        info = self._xen.domain_info(domid)
+        held = info.tot_pages if info else 0
+        enlarge_paging_pool(self._xen, domid, nr_frames)
+        self._xen.set_max_pages(domid, held + nr_frames)
+        try:
+            self._xen.populate(domid, first_gfn, nr_frames)
+            # Pages that a running guest gave back by ballooning come with what it left in them:
+            # Xen scrubs only what dying domains leave (page_alloc.c, free_domheap_pages).
+            self._xen.zero(domid, first_gfn, nr_frames)
+        finally:
+            self._xen.set_max_pages(domid, 0)
+
+    async def free_region(self, region: Region) -> None:
+        """Wipe and free a region's frames; no member may have them any more."""
+        holder = self._ledger.holder(region.holder_uuid)
+        if region.ready:
+            await self._ledger.put_region(dataclasses.replace(region, ready=False))
+        if holder is not None:
+            await self.verify(holder)
+            await self._worker.run(self._depopulate_now, holder.domid, region)
+        await self._ledger.drop_region(region.region_id)
+        log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
+
+    def _depopulate_now(self, domid: DomId, region: Region) -> None:
+        if region.ready:
+            # Wiped by us: the pages of a domain that lives go back to Xen's heap as they are.
+            self._xen.zero(domid, region.holder_first_gfn, region.nr_frames)
+        self._xen.depopulate(domid, region.holder_first_gfn, region.nr_frames)
+
+
+assert PAGE_SIZE == 4096  # table_frames() counts on 512 entries of 8 bytes a table

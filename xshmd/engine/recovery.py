@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Brings the world and the records together after a start, whatever the last life was cut off in.
+
+Every step of the engine is written down before it is done, so each record says what *may* have been
+done.  Here it is either finished later (the guest is handed back to the reconciler, marked to be done
+again by removing first) or undone.  Domains without a record of ours are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import structlog
+
+from xshmd.engine.gate import Gate
+from xshmd.engine.holders import NO_DOMAIN, Holders
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.xen_worker import XenWorker
+from xshmd.errors import Conflict, DomainGone, HypercallFailed
+from xshmd.model import DomainInfo, Guest, GuestState
+from xshmd.policy.identity import is_holder_uuid
+from xshmd.ports import Clock, Hypervisor
+from xshmd.units import DomId
+
+log = structlog.get_logger()
+
+
+async def recover(
+    xen: Hypervisor, worker: XenWorker, holders: Holders, ledger: Ledger, gate: Gate, clock: Clock
+) -> set[str]:
+    """Make the ledger true; return the generations whose maps may be half done.
+
+    Guests left HELD stay so, with a pause of ours on them, for the reconciler to prepare anew; those
+    left ATTACHING likewise, for it to attach again.
+    """
+    domains = {info.domid: info for info in await worker.run(xen.domains)}
+    await _recover_holders(holders, ledger)
+    await _recover_regions(holders, ledger)
+    again: set[str] = set()
+    for guest in ledger.guests:
+        if guest.state is GuestState.REBOOTING:
+            continue
+        info = domains.get(guest.domid)
+        if info is None or info.uuid != guest.uuid or info.dying:
+            await _vanished(ledger, guest, clock)
+        elif guest.state is GuestState.ATTACHED:
+            gate.adopt(guest.domid)
+        elif guest.state is GuestState.DOOMED:
+            gate.adopt(guest.domid)
+            with contextlib.suppress(DomainGone):
+                await worker.run(xen.destroy, guest.domid)
+        else:
+            gate.adopt(guest.domid)
+            if await _hold_again(xen, worker, gate, guest, info):
+                again.add(guest.generation)
+            else:
+                await _ran_on(ledger, guest)
+    recorded = {holder.uuid for holder in ledger.holders}
+    for info in domains.values():
+        if is_holder_uuid(info.uuid) and info.uuid not in recorded and not info.dying:
+            log.warning(
+                "holder without a record left alone",
+                domid=info.domid,
+                reason="its guests keep their memory; when they have ended, `xl destroy` it",
+            )
+    return again
+
+
+async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
+    for holder in ledger.holders:
+        if holder.domid == NO_DOMAIN:
+            await holders.destroy(holder)  # by UUID: it may have been made, nobody can have it
+            continue
+        try:
+            await holders.verify(holder)
+        except Conflict as lost:
+            log.error("holder lost", reason=lost.one_line())
+            for region in ledger.regions:
+                if region.holder_uuid == holder.uuid:
+                    await ledger.drop_region(region.region_id)
+            await ledger.drop_holder(holder.uuid)
+
+
+async def _recover_regions(holders: Holders, ledger: Ledger) -> None:
+    for region in ledger.regions:
+        if ledger.holder(region.holder_uuid) is None:
+            await ledger.drop_region(region.region_id)
+        elif not region.ready:
+            await holders.free_region(region)
+
+
+async def _vanished(ledger: Ledger, guest: Guest, clock: Clock) -> None:
+    """It ended while nobody looked: perhaps to reboot, so its regions wait for it a while."""
+    if guest.state is GuestState.ATTACHED:
+        await ledger.put_guest(
+            dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=clock.now())
+        )
+    else:
+        await ledger.drop_guest(guest.generation)
+
+
+async def _hold_again(
+    xen: Hypervisor, worker: XenWorker, gate: Gate, guest: Guest, info: DomainInfo
+) -> bool:
+    """Have exactly one pause of ours on the guest; return False if it is running.
+
+    Whether the last life's pause was taken, or given back already, cannot be read from Xen's flags.
+    The count can be found out, though: Xen allows 255 and refuses the next.
+    """
+    if not info.paused:
+        return False
+    gate.relock(guest)
+    try:
+        count = await worker.run(pause_count, xen, guest.domid)
+        # Until libxl has stored the configuration, one of them is its own.
+        ours = count if gate.creation_is_over(guest) else count - 1
+        if ours < 1:
+            await worker.run(xen.pause, guest.domid)
+    except DomainGone:
+        gate.unlock(guest)
+        return False
+    return True
+
+
+def pause_count(xen: Hypervisor, domid: DomId) -> int:
+    """Return how many pauses are on a paused domain, without letting it run."""
+    limit, taken = 255, 0
+    try:
+        while taken < limit:
+            xen.pause(domid)
+            taken += 1
+    except DomainGone:
+        raise
+    except HypercallFailed:
+        pass  # -EOVERFLOW: xen/common/domain.c, _domain_pause_by_systemcontroller()
+    for _ in range(taken):
+        xen.unpause(domid)
+    return limit - taken
+
+
+async def _ran_on(ledger: Ledger, guest: Guest) -> None:
+    if guest.state is GuestState.ATTACHING:
+        # Unpausing it was the last thing done before its record would have said so.
+        await ledger.put_guest(dataclasses.replace(guest, state=GuestState.ATTACHED))
+        return
+    await ledger.drop_guest(guest.generation)
+    log.warning(
+        "guest runs without its regions",
+        guest=guest.name,
+        domid=guest.domid,
+        reason="it was started while xshmd was down; start it again",
+    )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What must be done so that a guest has its regions, decided from records alone, or why it cannot be.
+
+Pure: a configuration, the host and a snapshot in, a frozen plan out.  The engine carries plans out and
+decides nothing; whoever wants to know beforehand (``xshmctl create -N``) asks for the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from xshmd.model import GuestConfig, HostInfo, Lifetime, RegionRequest, Role
+from xshmd.policy import rules
+from xshmd.policy.grouping import choose_holder
+from xshmd.ports import Snapshot
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NewRegion:
+    """A region to be made."""
+
+    region_id: str
+    nr_frames: int
+    owner: str
+    lifetime: Lifetime = Lifetime.MEMBERS
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GuestPlan:
+    """The steps for one guest, in the order they are taken."""
+
+    config: GuestConfig
+    holder_uuid: str | None
+    """The holder to use; None: make one."""
+    new_regions: tuple[NewRegion, ...]
+    """Regions to make in it."""
+    requests: tuple[RegionRequest, ...]
+    """What to map, all of it or nothing."""
+
+
+def plan_guest(
+    config: GuestConfig, *, host: HostInfo, snapshot: Snapshot, known: Sequence[GuestConfig]
+) -> GuestPlan:
+    """Return how this guest gets its regions.
+
+    Raises:
+        ConfigError, Refused, Conflict: the first broken rule; the others are in its notes.
+    """
+    others = tuple(other for other in known if other.name != config.name)
+    by_id = {region.region_id: region for region in snapshot.regions}
+    said_elsewhere = rules.claims(snapshot.guests, others)
+    broken = list(rules.check_guest(config, host))
+    for request in config.requests:
+        broken += rules.check_region(
+            rules.Claim(guest=config.name, request=request),
+            region=by_id.get(request.region_id),
+            others=said_elsewhere,
+        )
+    if broken:
+        first, *rest = broken
+        for other in rest:
+            first.add_note(other.one_line())
+        raise first
+    return GuestPlan(
+        config=config,
+        holder_uuid=choose_holder(
+            config, known=others, regions=snapshot.regions, guests=snapshot.guests
+        ),
+        new_regions=tuple(
+            _new_region(request, config.name, said_elsewhere)
+            for request in config.requests
+            if request.region_id not in by_id
+        ),
+        requests=config.requests,
+    )
+
+
+def _new_region(
+    request: RegionRequest, guest_name: str, said_elsewhere: Sequence[rules.Claim]
+) -> NewRegion:
+    if request.role is Role.OWNER:
+        return NewRegion(
+            region_id=request.region_id, nr_frames=request.nr_frames, owner=guest_name
+        )
+    # A borrower that comes before its owner: the owner's configuration says how large the region
+    # is.  That there is exactly one is one of the rules.
+    for claim in said_elsewhere:
+        if claim.request.region_id == request.region_id and claim.request.role is Role.OWNER:
+            return NewRegion(
+                region_id=request.region_id, nr_frames=claim.request.nr_frames, owner=claim.guest
+            )
+    raise AssertionError(f"{request.place}: rules.check_region let a borrower without owner by")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A synchronous client for ``io.xshmd.Regions``: the standard library only, so that it starts fast.
+
+An error reply comes out as the exception that went into it on the other side, see
+:mod:`xshmd.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any, Final
+
+from xshmd import errors
+from xshmd.varlink import wire
+from xshmd.varlink.wire import Call, Parameters, Reply
+
+INTERFACE: Final = "io.xshmd.Regions"
+DEFAULT_PATH: Final = "/run/xshmd/io.xshmd.Regions"
+_SERVICE: Final = "org.varlink.service."
+_RECEIVE_BYTES: Final = 256 * 1024
+_DAEMON_HINT: Final = "see systemctl status xshmd"
+_OWN_FIELDS: Final = ("message", "hint", "facts", "self")
+
+
+class Client:
+    """One connection to the daemon, made at the first call and again after a failed one.
+
+    Synchronization: none; use one per thread.
+
+    Args:
+        path: The daemon's socket.
+        timeout_s: How long any one call may take altogether.
+    """
+
+    def __init__(self, path: str = DEFAULT_PATH, timeout_s: float = 30.0) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._socket: socket.socket | None = None
+        self._decoder = wire.Decoder(wire.MAX_REPLY_BYTES)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; may be called again without harm."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def call(self, method: str, /, **parameters: Any) -> Parameters:
+        """Call a method and return its output; parameters that are None are left out.
+
+        Raises:
+            DaemonUnreachable: Nobody answers, or not to us.
+            XshmError: Whatever the daemon replied.
+        """
+        return self.call_within(self._timeout_s, method, **parameters)
+
+    def call_within(self, timeout_s: float, method: str, /, **parameters: Any) -> Parameters:
+        """As :meth:`call`, for a call that may take longer or shorter than others."""
+        full_name = method if "." in method else f"{INTERFACE}.{method}"
+        given = {name: value for name, value in parameters.items() if value is not None}
+        message = wire.encode_call(Call(full_name, given))
+        if len(message) > wire.MAX_LARGE_CALL_BYTES:
+            raise errors.UsageError(f"a call of {method} has {len(message)} bytes: too many")
+        try:
+            reply = self._exchange(full_name, message, time.monotonic() + timeout_s)
+        except BaseException:
+            # A reply that comes later must not be taken for the answer to the next call.
+            self.close()
+            raise
+        if reply.error:
+            raise error_of(reply, method=full_name)
+        return reply.parameters
+
+    def _exchange(self, method: str, message: bytes, deadline: float) -> Reply:
+        try:
+            stream = self._connected(deadline)
+            stream.settimeout(_left(deadline))
+            stream.sendall(message)
+            while (answer := self._decoder.next_message()) is None:
+                stream.settimeout(_left(deadline))
+                data = stream.recv(_RECEIVE_BYTES)
+                if not data:
+                    raise ConnectionResetError
+                self._decoder.feed(data)
+            return wire.parse_reply(answer)
+        except TimeoutError as exc:
+            raise errors.TimedOut(
+                f"xshmd did not answer {method} in time", hint=_DAEMON_HINT
+            ) from exc
+        except wire.ProtocolViolation as exc:
+            raise errors.DaemonUnreachable(
+                f"what answers at {self._path} does not speak Varlink: {exc}", hint=_DAEMON_HINT
+            ) from exc
+        except OSError as exc:
+            raise self._unreachable(exc, connected=self._socket is not None) from exc
+
+    def _connected(self, deadline: float) -> socket.socket:
+        if self._socket is None:
+            stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                stream.settimeout(_left(deadline))
+                stream.connect(self._path)
+            except BaseException:
+                stream.close()
+                raise
+            self._socket = stream
+            self._decoder = wire.Decoder(wire.MAX_REPLY_BYTES)
+        return self._socket
+
+    def _unreachable(self, cause: OSError, *, connected: bool) -> errors.DaemonUnreachable:
+        if connected:
+            return errors.DaemonUnreachable(
+                "xshmd closed the connection in the middle of a call", hint=_DAEMON_HINT
+            )
+        reason = os.strerror(cause.errno) if cause.errno else str(cause)
+        hint = _DAEMON_HINT
+        if isinstance(cause, PermissionError):
+            hint = "run it as root"
+        elif isinstance(cause, FileNotFoundError):
+            hint = "start the daemon with systemctl start xshmd, and see systemctl status xshmd"
+        return errors.DaemonUnreachable(
+            f"no xshmd answers at {self._path}: {reason}", hint=hint, path=self._path
+        )
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def error_of(reply: Reply, *, method: str) -> errors.XshmError:
+    """Return the exception an error reply stands for."""
+    if reply.error.startswith(_SERVICE):
+        return _service_error(reply, method)
+    message = reply.parameters.get("message")
+    hint = reply.parameters.get("hint") or ""
+    for cls in errors.all_errors():
+        if reply.error == f"{INTERFACE}.{cls.varlink_error}" and isinstance(message, str):
+            return cls(message, hint=hint, **_facts(reply.parameters))
+    return errors.XshmError(f"{method} failed with {reply.error} {reply.parameters}")
+
+
+def _facts(parameters: Parameters) -> dict[str, errors.Fact]:
+    others = parameters.get("facts")
+    found = {**(others if isinstance(others, dict) else {}), **parameters}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in _OWN_FIELDS and isinstance(value, (str, int))
+    }
+
+
+def _service_error(reply: Reply, method: str) -> errors.XshmError:
+    name = reply.error.removeprefix(_SERVICE)
+    if name == "PermissionDenied":
+        return errors.DaemonUnreachable("xshmd does not talk to this user", hint="run it as root")
+    if name == "InvalidParameter":
+        parameter = str(reply.parameters.get("parameter", ""))
+        return errors.UsageError(
+            f"xshmd does not accept {parameter} as {method} gives it", parameter=parameter
+        )
+    return errors.XshmError(
+        f"xshmd does not answer {method}: {name}",
+        hint="xshmctl and the running xshmd differ in version: systemctl restart xshmd",
+    )

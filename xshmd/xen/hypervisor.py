@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The real :class:`~xshmd.ports.Hypervisor`: hypercalls in, records out, no cffi object past here.
+
+Hypercalls that come by the thousand go through libxencall in batches of our own (the module
+``_stable``); the rest are libxenctrl's domctls.  Why the batches are not libxenctrl's: its wrapper
+takes an ``unsigned int`` count into the hypercall's ``uint16_t`` unchecked, so 65536 frames map
+nothing and report success, and its bounce buffers hide entries Xen never wrote
+(tools/libs/ctrl/xc_domain.c, xen/include/public/memory.h).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid as uuid_module
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable
+from xshmd.model import Arch, DomainInfo, HostInfo
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    PAGE_SIZE,
+    SUPERPAGE_FRAMES,
+    SUPERPAGE_ORDER,
+    DomId,
+    Gfn,
+    bytes_of,
+)
+from xshmd.xen import _ffi
+from xshmd.xen.errno_table import failure
+
+BATCH_FRAMES: Final = 16384
+"""Frames per mapping hypercall.  Cost per frame is flat from 256 on; the 16-bit count ends at 65535."""
+POPULATE_EXTENTS: Final = 1024
+"""Extents per populate or decrease hypercall: keeps libxenctrl's bounce buffers small."""
+WINDOW_FRAMES: Final = 4096
+"""Frames dom0 maps at a time to zero them.  An Arm or PVH dom0 pays for each with a frame of its own."""
+SHOWN_VCPU_NONE: Final = 0xFFFFFFFF
+
+
+class MappedPages:
+    """A dom0 mapping of a domain's frames.  See :class:`~xshmd.ports.PageMap`.
+
+    Synchronization: none; one user at a time.
+    """
+
+    def __init__(self, lib: Any, ffi: Any, handle: Any, address: Any, nr_frames: int) -> None:
+        self._lib, self._ffi, self._handle = lib, ffi, handle
+        self._address, self._nr_frames = address, nr_frames
+
+    def _window(self, offset_bytes: int, nr_bytes: int) -> Any:
+        if self._address is None:
+            raise ValueError("the mapping is closed")
+        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(self._nr_frames):
+            raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the mapping")
+        return self._ffi.buffer(self._ffi.cast("char *", self._address) + offset_bytes, nr_bytes)
+
+    def read(self, offset_bytes: int, nr_bytes: int) -> bytes:
+        return bytes(self._window(offset_bytes, nr_bytes))
+
+    def write(self, offset_bytes: int, data: bytes) -> None:
+        self._window(offset_bytes, len(data))[:] = data
+
+    def fill(self, value: int) -> None:
+        """Set every byte of the mapping to ``value``."""
+        self._window(0, 0)
+        self._lib.memset(self._address, value, bytes_of(self._nr_frames))
+
+    def close(self) -> None:
+        if self._address is not None:
+            self._lib.xenforeignmemory_unmap(self._handle, self._address, self._nr_frames)
+            self._address = None
+
+    def __enter__(self) -> MappedPages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class XenHypervisor:
+    """Xen, through its own libraries.  Opening it needs root in a control domain.
+
+    Synchronization: calls are serialised by a lock, since the batches share one buffer.  Handles do
+    not survive a fork (xencall.h): never fork without exec while one is open.
+    """
+
+    def __init__(self) -> None:
+        self._ffi, self._lib = _ffi.stable()
+        self._xffi, self._xlib = _ffi.xenctrl()
+        self._lock = threading.RLock()
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            self._call = self._opened(self._lib.xshm_call_open, self._ffi, "/dev/xen/hypercall")
+            undo.callback(self._lib.xencall_close, self._call)
+            self._foreign = self._opened(self._lib.xshm_foreign_open, self._ffi, "/dev/xen/privcmd")
+            undo.callback(self._lib.xenforeignmemory_close, self._foreign)
+            self._xc = self._opened(self._xlib.xshm_xc_open, self._xffi, "/dev/xen/privcmd")
+            undo.callback(self._xlib.xc_interface_close, self._xc)
+            size_bytes = self._lib.xshm_batch_bytes(BATCH_FRAMES)
+            self._buffer = self._lib.xencall_alloc_buffer(self._call, size_bytes)
+            if self._buffer == self._ffi.NULL:
+                raise XenUnavailable(
+                    "no hypercall buffer could be had", hint="dom0 is out of memory"
+                )
+            undo.callback(self._lib.xencall_free_buffer, self._call, self._buffer)
+            self._closing.push(undo.pop_all())
+
+    @staticmethod
+    def _opened(opener: Any, ffi: Any, device: str) -> Any:
+        handle = opener()
+        if handle == ffi.NULL:
+            code = ffi.errno
+            raise XenUnavailable(
+                f"cannot open {device}: {os.strerror(code)}",
+                hint="this must be root in a Xen control domain; `xshmctl doctor` says what is missing",
+            )
+        return handle
+
+    def close(self) -> None:
+        """Free everything; may be called again without harm."""
+        with self._lock:
+            self._closing.close()
+
+    def __enter__(self) -> XenHypervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the plumbing of a domctl ---------------------------------------------------------------
+
+    def _check(self, rc: int, call: str, domid: DomId, **facts: int) -> int:
+        """Turn a libxenctrl return value into itself, or into an exception."""
+        if rc < 0:
+            raise failure(call, domid, self._xffi.errno, **facts)
+        return rc
+
+    @staticmethod
+    def _guest_domid(domid: DomId) -> DomId:
+        # Pseudo-domains (DOMID_IO, DOMID_XEN...) own memory that is nobody's to share, and Xen has
+        # had host crashes on foreign maps of them: they never reach a hypercall.
+        if not 0 <= domid < DOMID_FIRST_RESERVED:
+            raise ValueError(f"{domid} is not the domid of a domain")
+        return domid
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    def host_info(self) -> HostInfo:
+        out = self._xffi.new("xshm_host *")
+        with self._lock:
+            if self._xlib.xshm_host_info(self._xc, out) < 0:
+                raise failure("xc_physinfo", None, self._xffi.errno)
+        return HostInfo(
+            arch=Arch.ARM64 if out.is_arm else Arch.X86_64,
+            xen_version=(out.major, out.minor),
+            xen_extra=self._xffi.string(out.extra).decode("ascii", "replace"),
+            xen_command_line=self._xffi.string(out.command_line).decode("utf-8", "replace"),
+            has_hvm=bool(out.has_hvm),
+            has_hap=bool(out.has_hap),
+            free_pages=out.free_pages,
+            total_pages=out.total_pages,
+        )
+
+    def _info(self, raw: Any) -> DomainInfo:
+        lib, flags = self._xlib, raw.flags
+        return DomainInfo(
+            domid=DomId(raw.domid),
+            uuid=str(uuid_module.UUID(bytes=bytes(self._xffi.buffer(raw.handle)))),
+            hvm=bool(flags & lib.XEN_DOMINF_hvm_guest),
+            hap=bool(flags & lib.XEN_DOMINF_hap),
+            paused=bool(flags & lib.XEN_DOMINF_paused),
+            shut_down=bool(flags & lib.XEN_DOMINF_shutdown),
+            shutdown_reason=(flags >> lib.XEN_DOMINF_shutdownshift) & lib.XEN_DOMINF_shutdownmask,
+            dying=bool(flags & lib.XEN_DOMINF_dying),
+            tot_pages=raw.tot_pages,
+            max_pages=raw.max_pages,
+            max_vcpu_id=-1 if raw.max_vcpu_id == SHOWN_VCPU_NONE else raw.max_vcpu_id,
+            nr_online_vcpus=raw.nr_online_vcpus,
+            cpu_time_ns=raw.cpu_time,
+            gpaddr_bits=raw.gpaddr_bits,
+        )
+
+    def domain_info(self, domid: DomId) -> DomainInfo | None:
+        out = self._xffi.new("xshm_info[1]")
+        with self._lock:
+            # getdomaininfolist answers with the next domain if there is none of this number.
+            found = self._xlib.xshm_domain_list(self._xc, self._guest_domid(domid), 1, out)
+            if found < 0:
+                raise failure("xc_domain_getinfolist", domid, self._xffi.errno)
+        return self._info(out[0]) if found and out[0].domid == domid else None
+
+    def domains(self) -> tuple[DomainInfo, ...]:
+        found: list[DomainInfo] = []
+        out = self._xffi.new("xshm_info[64]")
+        first = 0
+        while True:
+            with self._lock:
+                count = self._xlib.xshm_domain_list(self._xc, first, 64, out)
+                if count < 0:
+                    raise failure("xc_domain_getinfolist", None, self._xffi.errno)
+            found.extend(self._info(out[i]) for i in range(count))
+            if count < 64:
+                return tuple(found)
+            first = found[-1].domid + 1
+
+    # -- domains --------------------------------------------------------------------------------
+
+    def create_holder_domain(self, uuid: str) -> DomId:
+        out = self._xffi.new("uint32_t *")
+        handle = uuid_module.UUID(uuid).bytes
+        with self._lock:
+            if self._xlib.xshm_create_holder(self._xc, handle, out) < 0:
+                raise failure("xc_domain_create", None, self._xffi.errno)
+            domid = DomId(out[0])
+            try:
+                # A holder without its vCPU must not exist for longer than this call.
+                self._check(
+                    self._xlib.xc_domain_max_vcpus(self._xc, domid, 1), "xc_domain_max_vcpus", domid
+                )
+                self._check(
+                    self._xlib.xc_domain_setmaxmem(self._xc, domid, 0), "xc_domain_setmaxmem", domid
+                )
+            except HypercallFailed:
+                self._xlib.xc_domain_destroy(self._xc, domid)
+                raise
+        return domid
+
+    def _simple(self, name: str, domid: DomId, *arguments: int) -> None:
+        with self._lock:
+            call = getattr(self._xlib, name)
+            self._check(call(self._xc, self._guest_domid(domid), *arguments), name, domid)
+
+    def destroy(self, domid: DomId) -> None:
+        self._simple("xc_domain_destroy", domid)
+
+    def pause(self, domid: DomId) -> None:
+        self._simple("xc_domain_pause", domid)
+
+    def unpause(self, domid: DomId) -> None:
+        self._simple("xc_domain_unpause", domid)
+
+    def shut_down(self, domid: DomId, reason: int) -> None:
+        self._simple("xc_domain_shutdown", domid, reason)
+
+    def set_target(self, domid: DomId, target: DomId) -> None:
+        self._simple("xc_domain_set_target", domid, self._guest_domid(target))
+
+    def set_max_pages(self, domid: DomId, nr_pages: int) -> None:
+        self._simple("xc_domain_setmaxmem", domid, nr_pages * (PAGE_SIZE // 1024))
+
+    def paging_pool_bytes(self, domid: DomId) -> int:
+        out = self._xffi.new("uint64_t *")
+        with self._lock:
+            rc = self._xlib.xc_get_paging_mempool_size(self._xc, self._guest_domid(domid), out)
+            self._check(rc, "xc_get_paging_mempool_size", domid)
+        return int(out[0])
+
+    def set_paging_pool_bytes(self, domid: DomId, size_bytes: int) -> None:
+        self._simple("xc_set_paging_mempool_size", domid, size_bytes)
+
+    # -- a holder's own pages -------------------------------------------------------------------
+
+    def _extents(self, first_gfn: Gfn, nr_frames: int) -> Iterator[tuple[int, list[int]]]:
+        """Cut frames into (order, extents) runs: superpages where alignment allows, else frames."""
+        gfn, end = int(first_gfn), first_gfn + nr_frames
+        while gfn < end:
+            whole = (end - gfn) // SUPERPAGE_FRAMES if gfn % SUPERPAGE_FRAMES == 0 else 0
+            if whole:
+                count = min(whole, POPULATE_EXTENTS)
+                yield SUPERPAGE_ORDER, [gfn + i * SUPERPAGE_FRAMES for i in range(count)]
+                gfn += count * SUPERPAGE_FRAMES
+            else:
+                border = (gfn // SUPERPAGE_FRAMES + 1) * SUPERPAGE_FRAMES
+                count = min(end, border) - gfn
+                yield 0, list(range(gfn, gfn + count))
+                gfn += count
+
+    def populate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        done = 0
+        try:
+            for order, gfns in self._extents(first_gfn, nr_frames):
+                got = self._populate_extents(domid, order, gfns)
+                done += got << order
+                if got < len(gfns) and order:
+                    # Memory is there but not in 2 MiB pieces: take the rest of this run by frames.
+                    loose = range(gfns[got], gfns[-1] + SUPERPAGE_FRAMES)
+                    for start in range(loose.start, loose.stop, POPULATE_EXTENTS):
+                        part = list(range(start, min(start + POPULATE_EXTENTS, loose.stop)))
+                        got = self._populate_extents(domid, 0, part)
+                        done += got
+                        if got < len(part):
+                            raise self._short_of_memory(domid, nr_frames, done)
+                elif got < len(gfns):
+                    raise self._short_of_memory(domid, nr_frames, done)
+        except HypercallFailed:
+            self.depopulate(domid, first_gfn, nr_frames)
+            raise
+        except OutOfMemory:
+            self.depopulate(domid, first_gfn, nr_frames)
+            raise
+
+    @staticmethod
+    def _short_of_memory(domid: DomId, nr_frames: int, done: int) -> OutOfMemory:
+        return OutOfMemory(
+            f"Xen gave {done} of the {nr_frames} frames wanted for the holder, domain {domid}",
+            hint="free memory (`xl info` says how much there is), or give dom0 less of it",
+            domid=domid,
+            nr_frames=nr_frames,
+        )
+
+    def _populate_extents(self, domid: DomId, order: int, gfns: list[int]) -> int:
+        array = self._xffi.new("xen_pfn_t[]", gfns)
+        with self._lock:
+            rc = self._xlib.xc_domain_populate_physmap(
+                self._xc, self._guest_domid(domid), len(gfns), order, 0, array
+            )
+            return self._check(rc, "xc_domain_populate_physmap", domid)
+
+    def depopulate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> int:
+        freed = 0
+        for start in range(first_gfn, first_gfn + nr_frames, POPULATE_EXTENTS):
+            gfns = list(range(start, min(start + POPULATE_EXTENTS, first_gfn + nr_frames)))
+            while gfns:
+                array = self._xffi.new("xen_pfn_t[]", gfns)
+                with self._lock:
+                    rc = self._xlib.xc_domain_decrease_reservation(
+                        self._xc, self._guest_domid(domid), len(gfns), 0, array
+                    )
+                    self._check(rc, "xc_domain_decrease_reservation", domid)
+                freed += rc
+                # The call stops at the first frame that is not there: step over it.
+                gfns = gfns[rc + 1 :]
+        return freed
+
+    def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        for start in range(first_gfn, first_gfn + nr_frames, WINDOW_FRAMES):
+            count = min(WINDOW_FRAMES, first_gfn + nr_frames - start)
+            with self.map_pages(domid, Gfn(start), count, writable=True) as window:
+                window.fill(0)
+        # dom0 writes through its cache; a guest that has its own off would read what was there
+        # before (XEN_DOMCTL_cacheflush; nothing to do on x86, where it is refused or a no-op).
+        with self._lock:
+            rc = self._xlib.xc_domain_cacheflush(
+                self._xc, self._guest_domid(domid), first_gfn, nr_frames
+            )
+            self._check(rc, "xc_domain_cacheflush", domid)
+
+    def map_pages(
+        self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
+    ) -> MappedPages:
+        nr_bad = self._ffi.new("size_t *")
+        error = self._ffi.new("int *")
+        address = self._lib.xshm_foreign_map(
+            self._foreign, self._guest_domid(domid), writable, first_gfn, nr_frames, nr_bad, error
+        )
+        if address == self._ffi.NULL:
+            raise failure("xenforeignmemory_map", domid, error[0], first_gfn=first_gfn)
+        pages = MappedPages(self._lib, self._ffi, self._foreign, address, nr_frames)
+        if nr_bad[0]:
+            pages.close()
+            raise failure("xenforeignmemory_map", domid, error[0], first_gfn=first_gfn)
+        return pages
+
+    def populated_frames(self, domid: DomId, gfns: Sequence[Gfn]) -> tuple[Gfn, ...]:
+        present = self._ffi.new("uint8_t[]", len(gfns))
+        rc = self._lib.xshm_foreign_probe(
+            self._foreign, self._guest_domid(domid), list(gfns), len(gfns), present
+        )
+        if rc < 0:
+            raise failure("xenforeignmemory_map", domid, -rc)
+        return tuple(gfn for gfn, there in zip(gfns, present, strict=True) if there)
+
+    # -- a guest's frames -----------------------------------------------------------------------
+
+    def map_foreign(
+        self, guest: DomId, first_gfn: Gfn, holder: DomId, holder_gfn: Gfn, nr_frames: int
+    ) -> None:
+        self._guest_domid(guest), self._guest_domid(holder)
+        done, bad = self._ffi.new("uint32_t *"), self._ffi.new("uint32_t *")
+        error = self._ffi.new("int *")
+        for start in range(0, nr_frames, BATCH_FRAMES):
+            count = min(BATCH_FRAMES, nr_frames - start)
+            with self._lock:
+                rc = self._lib.xshm_batch_map(
+                    self._call, self._buffer, BATCH_FRAMES, guest, holder,
+                    first_gfn + start, holder_gfn + start, count, done, bad, error,
+                )  # fmt: skip
+                if rc == 0 and done[0] == count:
+                    continue
+                if rc == 0:
+                    rc = self._lib.xshm_batch_undo(
+                        self._call, self._buffer, BATCH_FRAMES, guest,
+                        first_gfn + start, count, self._ffi.new("uint32_t *"),
+                    )  # fmt: skip
+                    code = error[0]
+                    if rc:
+                        raise failure("XENMEM_remove_from_physmap", guest, -rc)
+                else:
+                    code = -rc
+            if start:
+                self.unmap(guest, first_gfn, start)
+            cause = failure("XENMEM_add_to_physmap_batch", guest, code, holder=holder)
+            if isinstance(cause, DomainGone):
+                raise cause
+            at = first_gfn + start + (bad[0] if rc == 0 else 0)
+            raise PartialMap(
+                f"Xen refused to map the holder's frame {holder_gfn + at - first_gfn:#x} at frame "
+                f"{at:#x} of domain {guest}: {os.strerror(code)}",
+                call="XENMEM_add_to_physmap_batch", errno=code, hint=cause.hint,
+                domid=guest, first_gfn=at,
+            )  # fmt: skip
+
+    def unmap(self, guest: DomId, first_gfn: Gfn, nr_frames: int) -> int:
+        removed, absent = self._ffi.new("uint32_t *"), self._ffi.new("uint32_t *")
+        error = self._ffi.new("int *")
+        total = 0
+        for start in range(0, nr_frames, BATCH_FRAMES):
+            count = min(BATCH_FRAMES, nr_frames - start)
+            with self._lock:
+                rc = self._lib.xshm_batch_remove(
+                    self._call, self._buffer, self._guest_domid(guest),
+                    first_gfn + start, count, removed, absent, error,
+                )  # fmt: skip
+            total += removed[0]
+            if rc or error[0]:
+                raise failure("XENMEM_remove_from_physmap", guest, -rc or error[0])
+        return total
