@@ -2,8 +2,9 @@
 """Builds the two compiled modules through which ``xshmd.xen`` reaches Xen (cffi, API mode).
 
 Two modules, because Xen's libraries make two promises: those in ``_stable`` keep their ABI from
-release to release, while libxenctrl is bound to one Xen version.  A Xen upgrade therefore breaks one
-module and not the other.  Both use Python's limited API, so one build serves every Python >= 3.11.
+release to release, while libxenctrl is bound to one Xen version.  A Xen upgrade therefore breaks
+one module and not the other.  Both use Python's limited API, so one build serves every Python >=
+3.11.
 
 Run by setuptools (``cffi_modules`` in setup.py), or by hand to cross-compile::
 

@@ -17,7 +17,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from integration.progress import note, step
@@ -71,7 +71,6 @@ class Entry:
 
     recipe: Recipe
     path: Path
-    _use_lock: _HeldLock = field(repr=False, compare=False)
 
 
 Build = Callable[[Path, Path], None]
@@ -118,15 +117,19 @@ class Cache:
     def _find(self, recipe: Recipe) -> tuple[Entry | None, str]:
         """The entry, or None and what is wrong with it ("" if there is none at all)."""
         path = self.root / recipe.folder
-        try:
-            lock = _HeldLock(path, fcntl.LOCK_SH)
-        except FileNotFoundError:
-            return None, ""
+        lock = _in_use.get(path)
+        if lock is None or not lock.is_on(path):
+            try:
+                lock = _HeldLock(path, fcntl.LOCK_SH)
+            except FileNotFoundError:
+                return None, ""
         damage = _damage(path)
         if damage or not lock.is_on(path):
+            _in_use.pop(path, None)
             lock.release()
             return None, damage
-        return Entry(recipe, path / CONTENT, lock), ""
+        _in_use[path] = lock
+        return Entry(recipe, path / CONTENT), ""
 
     @contextmanager
     def _building(self, recipe: Recipe) -> Iterator[None]:
@@ -212,6 +215,10 @@ class _HeldLock:
 
     def release(self) -> None:
         os.close(self._fd)
+
+
+# Entries this process uses, each locked until the process ends. By path: one lock each is enough.
+_in_use: dict[Path, _HeldLock] = {}
 
 
 def _boot_id() -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from integration.agent import CHUNK_BYTES, Decoder, FrameError, Message, encode
 
@@ -193,6 +193,12 @@ class Dom0:
     """The command channel to a booted machine's dom0."""
 
     def __init__(self, wire: socket.socket, describe_death: Callable[[], str]) -> None:
+        """Take over the host's end of the channel.
+
+        Args:
+            wire: connected to the agent's port; `close` closes it.
+            describe_death: says how the machine is, for the message of a `ChannelDead`.
+        """
         self._wire = wire
         self._describe_death = describe_death
         self._writing = threading.Lock()
@@ -204,21 +210,6 @@ class Dom0:
         self._greeted = threading.Event()
         self._reader = threading.Thread(target=self._read, name="xshmd-rig-dom0", daemon=True)
         self._reader.start()
-
-    @classmethod
-    def connect(cls, path: Path, describe_death: Callable[[], str], timeout_s: float) -> Self:
-        """Connect to the UNIX socket QEMU makes for the port; it may take a moment to be there."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            wire = socket.socket(socket.AF_UNIX)
-            try:
-                wire.connect(str(path))
-                return cls(wire, describe_death)
-            except OSError as error:
-                wire.close()
-                if time.monotonic() > deadline:
-                    raise ChannelDead(f"no channel at {path}: {error}") from error
-            time.sleep(0.02)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the agent says hello.

@@ -10,9 +10,10 @@ from pathlib import Path
 from integration.arch import Arch
 from integration.cache import Cache, Entry, Recipe
 from integration.debian import SUITE, unpack_debian
-from integration.sources import PROJECT, sources_digest
+from integration.sources import read_sources
 from integration.toolroot import ToolRoot
 
+SCRIPT = "cffi_build.py"
 SYSROOT_PACKAGES = ("libc6-dev", "libpython3-dev", "libxen-dev")
 
 
@@ -38,22 +39,23 @@ def get_sysroot(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Entr
 
 def get_extensions(arch: Arch, tools: ToolRoot, cache: Cache) -> Entry | None:
     """xshmd's compiled modules for `arch`, laid out as in the package."""
-    script = PROJECT / "cffi_build.py"
-    if not script.exists():
+    sources = read_sources(SCRIPT)
+    if not sources.files:
         return None
     sysroot = get_sysroot(arch, tools, cache)
     recipe = Recipe(
         f"extensions-{arch.name}",
         f"xshmd's {arch.name} extension modules",
         1,
-        (tools.key, sysroot.recipe.key, sources_digest([script]), Path(__file__).read_text()),
+        (tools.key, sysroot.recipe.key, sources.digest, Path(__file__).read_text()),
     )
 
     def build(content: Path, log: Path) -> None:
+        sources.write_to(content)
         emitted = tools.run(
-            ["python3", "cffi_build.py", "emit", "/rig/out/c"],
-            binds={PROJECT: "/rig/src", content: "/rig/out"},
-            cwd="/rig/src",
+            ["python3", SCRIPT, "emit", "/rig/out/c"],
+            binds={content: "/rig/out"},
+            cwd="/rig/out",
             env={"PYTHONDONTWRITEBYTECODE": "1"},
             log=log,
             capture=True,

@@ -11,27 +11,30 @@ from pathlib import Path
 from integration.arch import Arch
 from integration.cache import Cache, Entry, Recipe
 from integration.images import Image
-from integration.sources import PROJECT, source_files, sources_digest
+from integration.sources import read_sources
 from integration.toolroot import ToolRoot
 
-GUESTS = PROJECT / "integration/guests"
+GUESTS = "integration/guests"
 
 
 def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry | None:
     """The guests' files from the cache, built first if need be; None if there are no sources."""
-    if not (GUESTS / "build.py").exists():
+    sources = read_sources(GUESTS)
+    if not sources.files:
         return None
     recipe = Recipe(
         f"guests-{arch.name}",
         f"the {arch.name} guests",
-        1,
-        (arch.name, tools.key, image.key, sources_digest(source_files(GUESTS))),
+        2,
+        (arch.name, tools.key, image.key, sources.digest),
     )
 
     def build(content: Path, log: Path) -> None:
+        folder = content.with_name("sources")
+        sources.write_to(folder)
         tools.run(
-            ["python3", "integration/guests/build.py", arch.name, "/rig/out"],
-            binds={PROJECT: "/rig/src", content: "/rig/out", image.busybox: "/rig/busybox"},
+            ["python3", f"{GUESTS}/build.py", arch.name, "/rig/out"],
+            binds={folder: "/rig/src", content: "/rig/out", image.busybox: "/rig/busybox"},
             cwd="/rig/src",
             env={"BUSYBOX": "/rig/busybox", "PYTHONDONTWRITEBYTECODE": "1"},
             log=log,

@@ -7,9 +7,8 @@ The whole interface is `Machine` and the `Dom0` it gives.
 from __future__ import annotations
 
 import shlex
-import shutil
+import socket
 import subprocess
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from integration.toolroot import ToolRoot, require_root
 
 _CONSOLE_TAIL_LINES = 30
 _POWER_OFF_S = 20.0
+# The emulated EPYC has fewer features than a real one, which is fine.
+_QEMU_CHATTER = "warning: TCG doesn't support requested feature"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,6 @@ class Machine:
             linux_args=linux_args,
         )
         self._process: subprocess.Popen[bytes] | None = None
-        self._run_folder: Path | None = None
         self._watchdog: threading.Timer | None = None
         self._late = False
         self._command: list[str] = []
@@ -127,6 +127,10 @@ class Machine:
     def console_log(self) -> Path:
         """What Xen and dom0's kernel said, and guests by their debug port."""
         return self.artefacts / qemu.CONSOLE_LOG
+
+    @property
+    def _qemu_log(self) -> Path:
+        return self.artefacts / "qemu.log"
 
     @property
     def command(self) -> str:
@@ -171,44 +175,36 @@ class Machine:
     def _start(self, parts: Parts) -> None:
         self.artefacts.mkdir(parents=True, exist_ok=True)
         self.console_log.unlink(missing_ok=True)
-        self._run_folder = Path(tempfile.mkdtemp(prefix="xshmd-rig-"))
-        self._command = qemu.command(
-            parts.arch,
-            self._shape,
-            kernel_bytes=parts.image.kernel.stat().st_size,
-            initramfs_bytes=parts.image.initramfs.stat().st_size,
-        )
-        errors = (self._run_folder / "qemu.err").open("wb")
-        with errors:
+        # A socket pair needs no name: nobody else can talk to dom0, and nothing is left to remove.
+        ours, theirs = socket.socketpair()
+        with theirs, self._qemu_log.open("wb") as said:
+            self._command = qemu.command(
+                parts.arch,
+                self._shape,
+                channel_fd=theirs.fileno(),
+                kernel_bytes=parts.image.kernel.stat().st_size,
+            )
             self._process = parts.tools.popen(
                 self._command,
                 binds={
                     parts.image.root.parent: qemu.IMAGE,
                     parts.payload: qemu.PAYLOAD,
-                    self._run_folder: qemu.RUN,
                     self.artefacts.absolute(): qemu.ARTEFACTS,
                 },
                 stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
+                stdout=said,
+                stderr=said,
+                pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the test, which then powers off
             )
+        self._dom0 = Dom0(ours, self._describe)
         self._watchdog = threading.Timer(self._time_limit_s, self._bark)
         self._watchdog.daemon = True
         self._watchdog.start()
 
     def _await_agent(self) -> None:
-        assert self._run_folder is not None
-        assert self._process is not None
-        socket = self._run_folder / qemu.CHANNEL_SOCKET
-        began = time.monotonic()
-        while not socket.exists():
-            if self._process.poll() is not None or time.monotonic() - began > 30:
-                raise BootError(f"QEMU did not start\n{self._describe()}")
-            time.sleep(0.02)
         try:
-            self._dom0 = Dom0.connect(socket, self._describe, timeout_s=10)
-            self._dom0.wait_ready(self._boot_limit_s)
+            self.dom0.wait_ready(self._boot_limit_s)
         except ChannelDead as error:
             raise BootError(str(error)) from error
 
@@ -229,9 +225,8 @@ class Machine:
             except subprocess.TimeoutExpired:
                 status = None
             state = "QEMU is running" if status is None else f"QEMU ended with status {status}"
-        said = ""
-        if self._run_folder is not None and (self._run_folder / "qemu.err").exists():
-            said = (self._run_folder / "qemu.err").read_text(errors="replace").strip()
+        log = self._qemu_log.read_text(errors="replace") if self._command else ""
+        said = "\n".join(s for s in log.splitlines() if _QEMU_CHATTER not in s)
         lines = [s for s in self.console().splitlines() if s.strip()][-_CONSOLE_TAIL_LINES:]
         parts = [state, *(["QEMU said:", said] if said else [])]
         parts += [f"the end of the console ({self.console_log}):", *lines] if lines else []
@@ -255,9 +250,7 @@ class Machine:
                 self._watchdog.cancel()
             if self._dom0 is not None:
                 self._dom0.close()
-            if self._run_folder is not None:
-                shutil.rmtree(self._run_folder, ignore_errors=True)
-            self._process = self._dom0 = self._run_folder = self._watchdog = None
+            self._process = self._dom0 = self._watchdog = None
 
     def shell(self) -> int:
         """Give the user a shell in dom0; its exit status."""

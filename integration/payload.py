@@ -8,18 +8,18 @@ paths are those of an installed xshmd, and the rig's own files are below /rig.
 from __future__ import annotations
 
 import io
-import stat
+import shutil
 import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from integration.arch import Arch
-from integration.cache import Cache, Entry, Recipe
+from integration.cache import Cache, Recipe
 from integration.extensions import get_extensions
 from integration.guests import get_guests
 from integration.images import Image
-from integration.sources import PROJECT, source_files, sources_digest
+from integration.sources import File, Sources, read_sources, write
 from integration.toolroot import ToolRoot
 
 TAR = "payload.tar"
@@ -27,52 +27,85 @@ PACKAGES = PurePosixPath("usr/lib/python3/dist-packages")
 UNITS = PurePosixPath("usr/lib/systemd/system")
 RIG = PurePosixPath("rig")
 AGENT_UNIT = "xshmd-rig-agent.service"
+LINKS = {
+    f"etc/systemd/system/multi-user.target.wants/{AGENT_UNIT}": f"/{UNITS}/{AGENT_UNIT}",
+    "rig/guests/vmlinuz": "../vmlinuz",
+}
+_UNIT_SUFFIXES = {".service", ".socket", ".target", ".mount", ".path", ".timer"}
+_SOURCES = (
+    "pyproject.toml",
+    "integration/agent.py",
+    "integration/dom0",
+    "integration/payload.py",
+    "systemd",
+    "tests",
+    "xshmd",
+)
 # A disk has whole sectors, and an empty tail costs nothing.
 _ROUND_BYTES = 1 << 20
 
 
 def get_payload(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Path:
     """The payload's tar from the cache, built first if need be."""
+    built: list[tuple[PurePosixPath, Sources]] = []
     extensions = get_extensions(arch, tools, cache)
+    if extensions is not None:
+        built.append((PACKAGES, read_sources("xshmd", tree=extensions.path)))
     guests = get_guests(arch, tools, image, cache)
-    built = [entry for entry in (extensions, guests) if entry is not None]
-    own = [
-        PROJECT / "pyproject.toml",
-        PROJECT / "integration/agent.py",
-        Path(__file__),
-        *source_files(PROJECT / "integration/dom0"),
-        *source_files(PROJECT / "xshmd"),
-        *source_files(PROJECT / "systemd"),
-        *source_files(PROJECT / "tests"),
-    ]
+    if guests is not None:
+        built.append((RIG / "guests", read_sources(".", tree=guests.path)))
+    sources = read_sources(*_SOURCES)
     recipe = Recipe(
         f"payload-{arch.name}",
         f"the {arch.name} payload",
-        1,
-        (tools.key, sources_digest(own), *(entry.recipe.key for entry in built)),
+        3,
+        (tools.key, sources.digest, *(files.digest for _, files in built)),
     )
-    entry = cache.get(
-        recipe,
-        lambda content, log: _build(tools, extensions, guests, content, log),
-    )
-    return entry.path / TAR
+
+    def build(content: Path, log: Path) -> None:
+        tree = content / "tree"
+        for place, file in _ours(sources):
+            write(tree / place, file.data, file.mode)
+        for place, files in built:
+            files.write_to(tree / place)
+        for name, text in _programs(sources):
+            write(tree / "usr/bin" / name, text.encode(), 0o755)
+        _compile(tools, tree, log)
+        data = _tar(tree)
+        (content / TAR).write_bytes(data + b"\0" * (-len(data) % _ROUND_BYTES))
+        shutil.rmtree(tree)
+
+    return cache.get(recipe, build).path / TAR
 
 
-def _build(
-    tools: ToolRoot, extensions: Entry | None, guests: Entry | None, content: Path, log: Path
-) -> None:
-    tree = content / "tree"
-    for path, place, mode in _files(extensions, guests):
-        target = tree / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-        target.chmod(mode)
-    for name, text in _entry_points():
-        target = tree / "usr/bin" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-        target.chmod(0o755)
-    # Compiling is slow in an emulated machine, and bytecode is the same on every architecture.
+def _ours(sources: Sources) -> Iterator[tuple[PurePosixPath, File]]:
+    """The clone's own files, and where each goes."""
+    for name, file in sources.below("xshmd"):
+        yield PACKAGES / "xshmd" / name, file
+    for name, file in sources.below("systemd"):
+        if name.suffix in _UNIT_SUFFIXES:
+            yield UNITS / name.name, file
+    for name, file in sources.below("integration/dom0"):
+        if name.name != "initramfs-init":  # that one is the image's
+            yield UNITS / name if name.name == AGENT_UNIT else RIG / name, file
+    for name, file in sources.below("tests"):
+        yield RIG / "tests" / name, file
+    for file in sources.files:
+        if str(file.name) in ("pyproject.toml", "integration/agent.py"):
+            yield RIG / file.name.name, file
+
+
+def _programs(sources: Sources) -> Iterator[tuple[str, str]]:
+    """The programs pyproject.toml promises, as an installer would write them."""
+    text = next(f.data for f in sources.files if str(f.name) == "pyproject.toml").decode()
+    for name, target in tomllib.loads(text).get("project", {}).get("scripts", {}).items():
+        module, function = target.split(":")
+        lines = ("#!/usr/bin/python3 -I", "import sys", f"from {module} import {function}")
+        yield name, "\n".join((*lines, f"sys.exit({function}())", ""))
+
+
+def _compile(tools: ToolRoot, tree: Path, log: Path) -> None:
+    """Add bytecode: compiling takes seconds in an emulated machine, and it is the same on all."""
     tools.run(
         [
             *("python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"),
@@ -81,83 +114,20 @@ def _build(
         binds={tree: "/rig/tree"},
         log=log,
     )
-    data = _tar(tree)
-    (content / TAR).write_bytes(data + b"\0" * (-len(data) % _ROUND_BYTES))
-    tools.run(["rm", "-rf", "/rig/content/tree"], binds={content: "/rig/content"}, log=log)
-
-
-def _files(
-    extensions: Entry | None, guests: Entry | None
-) -> Iterator[tuple[Path, PurePosixPath, int]]:
-    """Every file of the payload: where it comes from, where it goes, its mode."""
-    package = PROJECT / "xshmd"
-    for path in source_files(package):
-        yield path, PACKAGES / "xshmd" / path.relative_to(package), 0o644
-    if extensions is not None:
-        for path in sorted(extensions.path.rglob("*.so")):
-            yield path, PACKAGES / path.relative_to(extensions.path), 0o644
-    for path in source_files(PROJECT / "systemd"):
-        yield path, UNITS / path.name, 0o644
-    dom0 = PROJECT / "integration/dom0"
-    for path in source_files(dom0):
-        place = RIG / path.relative_to(dom0)
-        yield path, UNITS / path.name if path.name == AGENT_UNIT else place, _mode(path)
-    yield PROJECT / "integration/agent.py", RIG / "agent.py", 0o755
-    for path in source_files(PROJECT / "tests"):
-        yield path, RIG / path.relative_to(PROJECT), _mode(path)
-    yield PROJECT / "pyproject.toml", RIG / "pyproject.toml", 0o644
-    if guests is not None:
-        for path in source_files(guests.path):
-            yield path, RIG / "guests" / path.relative_to(guests.path), _mode(path)
-
-
-def _mode(path: Path) -> int:
-    executable = path.stat().st_mode & stat.S_IXUSR or path.read_bytes()[:2] == b"#!"
-    return 0o755 if executable else 0o644
-
-
-def _entry_points() -> Iterator[tuple[str, str]]:
-    """The programs pyproject.toml promises, as an installer would write them."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    for name, target in project.get("project", {}).get("scripts", {}).items():
-        module, function = target.split(":")
-        lines = ("#!/usr/bin/python3 -I", "import sys", f"from {module} import {function}")
-        yield name, "\n".join((*lines, f"sys.exit({function}())", ""))
 
 
 def _tar(tree: Path) -> bytes:
     """The tree as a tar that is the same whenever and wherever it is made."""
-
-    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.uid = member.gid = member.mtime = 0
-        member.uname = member.gname = "root"
-        return member
-
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in sorted(tree.rglob("*")):
-            if not path.is_dir():  # folders of dom0 keep the modes they have there
-                archive.add(path, path.relative_to(tree), recursive=False, filter=plain)
-        _add_link(
-            archive,
-            f"etc/systemd/system/multi-user.target.wants/{AGENT_UNIT}",
-            f"/{UNITS}/{AGENT_UNIT}",
-            plain,
-        )
-        for folder in ("rig/guests",):
-            member = tarfile.TarInfo(folder)
-            member.type, member.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(plain(member))
-        _add_link(archive, "rig/guests/vmlinuz", "../vmlinuz", plain)
+            if path.is_file():  # no folders: dom0's keep the modes they have there
+                data = path.read_bytes()
+                member = tarfile.TarInfo(str(path.relative_to(tree)))
+                member.size, member.mode = len(data), path.stat().st_mode & 0o777
+                archive.addfile(member, io.BytesIO(data))
+        for name, target in LINKS.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = tarfile.SYMTYPE, target, 0o777
+            archive.addfile(member)
     return buffer.getvalue()
-
-
-def _add_link(
-    archive: tarfile.TarFile,
-    name: str,
-    target: str,
-    plain: Callable[[tarfile.TarInfo], tarfile.TarInfo],
-) -> None:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname, member.mode = tarfile.SYMTYPE, target, 0o777
-    archive.addfile(plain(member))

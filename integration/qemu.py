@@ -19,9 +19,7 @@ from integration.arch import Arch
 # Where the machine's files are seen inside the tool root.
 IMAGE = "/rig/image"
 PAYLOAD = "/rig/payload.tar"
-RUN = "/rig/run"
 ARTEFACTS = "/rig/artefacts"
-CHANNEL_SOCKET = "dom0.sock"
 CONSOLE_LOG = "console.log"
 
 # QEMU puts its device tree at 0x4800_0000 on `virt`: the boot modules keep clear of it.
@@ -70,8 +68,15 @@ def accelerator(arch: Arch) -> str:
     return "kvm" if nested.exists() and nested.read_text().strip() in ("1", "Y") else "tcg"
 
 
-def command(arch: Arch, shape: Shape, *, kernel_bytes: int, initramfs_bytes: int) -> list[str]:
-    """QEMU's command line, with paths as they are inside the tool root."""
+def command(arch: Arch, shape: Shape, *, channel_fd: int, kernel_bytes: int) -> list[str]:
+    """QEMU's command line, with paths as they are inside the tool root.
+
+    Args:
+        arch: what to boot.
+        shape: how large, and into what.
+        channel_fd: QEMU's end of the command channel, a connected socket it inherits.
+        kernel_bytes: the size of dom0's kernel, which must not run into what comes after it.
+    """
     if shape.init not in _INITS:
         raise ValueError(f"init is {' or '.join(_INITS)}, not {shape.init}")
     accel = accelerator(arch)
@@ -86,7 +91,7 @@ def command(arch: Arch, shape: Shape, *, kernel_bytes: int, initramfs_bytes: int
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"),
         *("-chardev", f"file,id=console,path={ARTEFACTS}/{CONSOLE_LOG}"),
         *("-serial", "chardev:console"),
-        *("-chardev", f"socket,id=channel,path={RUN}/{CHANNEL_SOCKET},server=on,wait=off"),
+        *("-chardev", f"socket,id=channel,fd={channel_fd}"),
         *("-device", f"virtserialport,chardev=channel,name={PORT_NAME}"),
     ]
 
@@ -100,7 +105,7 @@ def _xen_args(shape: Shape, *own: str) -> str:
 
 def _linux_args(shape: Shape, *own: str) -> str:
     words = ("console=hvc0", f"init={_INITS[shape.init]}", "systemd.unit=multi-user.target")
-    return " ".join((*own, *words, "panic=5", *shape.linux_args))
+    return " ".join((*own, *words, "panic=1", *shape.linux_args))
 
 
 def _x86_64(shape: Shape, accel: str) -> list[str]:

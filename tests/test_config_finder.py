@@ -106,6 +106,11 @@ def test_our_own_file_may_go_by_uuid(host: Host) -> None:
     assert [known.uuid for known in host.finder.known()] == [UUID]
 
 
+def test_a_uuid_in_our_own_file_counts_more_than_its_name(host: Host) -> None:
+    (host.own / f"{UUID}.cfg").write_text(text_of("vm", "r", f"uuid='{OTHER_UUID}'"))
+    assert [known.uuid for known in host.finder.known()] == [OTHER_UUID]
+
+
 def test_an_empty_file_of_ours_says_that_there_is_no_region(host: Host) -> None:
     (host.own / "vm.cfg").write_text("")
     (host.xen / "vm.cfg").write_text(text_of("vm"))
@@ -133,6 +138,7 @@ def test_our_own_file_that_cannot_be_read_is_an_error(host: Host) -> None:
 @pytest.mark.parametrize("name", ["../xen/vm", "a/b", "x" * 300, "nul\0", "", "é\udcff"])
 def test_names_that_are_no_file_names(host: Host, name: str) -> None:
     (host.xen / "vm.cfg").write_text(text_of("vm"))
+    (host.own / ".cfg").write_text(text_of(""))
     assert host.find(name, name) is None
 
 
@@ -239,6 +245,15 @@ def test_the_latest_process_counts(host: Host) -> None:
     host.process(8, "xl", "create", "new.cfg", started=200)
     host.process(7, "xl", "create", "old.cfg", started=50)
     assert host.region() == "new"
+
+
+def test_a_file_that_is_not_utf_8_is_an_error_for_its_guest_only(host: Host) -> None:
+    (host.root / "vm.cfg").write_text(text_of("vm", "r", "# \xff"), encoding="latin-1")
+    (host.xen / "other.cfg").write_text(text_of("other"))
+    host.process(7, "xl", "create", "vm.cfg")
+    assert host.region("other") == "r"
+    with pytest.raises(ConfigUnreadable, match=r"vm\.cfg:3: byte 0xff is not UTF-8"):
+        host.find()
 
 
 def test_only_the_right_users_processes_are_believed(host: Host) -> None:
@@ -400,6 +415,8 @@ def test_known_has_all_with_regions(host: Host) -> None:
     (host.xen / "empty.cfg").write_text(text_of("empty"))
     (host.auto / "b.cfg").write_text(text_of("b"))
     (host.auto / "d.cfg").write_text(text_of("d"))
+    (host.auto / "d2.cfg").write_text(text_of("d", "other"))
+    (host.auto / "e.cfg").write_text("name='e'\nstatic_shm = []\n")
     known = [(config.name, config.requests[0].region_id) for config in host.finder.known()]
-    assert known == [("a", "own"), ("b", "r"), ("d", "r")]
+    assert known == [("a", "own"), ("b", "r"), ("d", "r"), ("d", "other")]
     assert [Path(file).name for file, _ in host.skipped] == ["broken.cfg"]

@@ -86,6 +86,7 @@ def test_type(text: str, arch: Arch | None, expected: object) -> None:
         ("altp2mhvm=1", "altp2m", True),
         ("altp2mhvm=0", "altp2m", False),
         ("memory=010", "memory_mib", 8),
+        ("memory=0", "memory_mib", 0),
         ("pvshim=0\ntype='pvh'", "hap", True),
         ("pvshim=1\ntype='hvm'", "hap", True),
     ],
@@ -165,7 +166,7 @@ def test_a_text_that_is_not_of_the_language() -> None:
     [
         ("0", 0), ("12", 12), ("+7", 7), ("-7", -7), (" \n5", 5), ("0x1F", 31), ("017", 15),
         ("", None), ("5 ", None), ("08", None), ("0x", None), ("1f", None), ("x", None),
-        ("9223372036854775807", (1 << 63) - 1), ("9223372036854775808", None), ("9" * 5000, None),
+        ("9223372036854775807", (1 << 63) - 1), ("-9223372036854775808", -(1 << 63)), ("9223372036854775808", None), ("9" * 5000, None),
     ],
 )  # fmt: skip
 def test_numbers_are_those_of_strtol(text: str, number: int | None) -> None:

@@ -59,6 +59,7 @@ def test_the_published_examples() -> None:
         (" id = r\t, begin = 4096,size=4096 ,role =borrower ", "first_gfn", 1),
         (BASE + ", prot=ro", "prot", Prot.RO),
         (BASE + ", offset=0", "offset_frames", 0),
+        (BASE + ", offset=0xffffffffffffe000", "offset_frames", (1 << 52) - 2),
         (BASE.replace("id=r", "id=_9Z" + "a" * 125), "region_id", "_9Z" + "a" * 125),
         (BASE.replace("0x100000", "0xffffffffffffe000"), "end_gfn", 1 << 52),
     ],
@@ -77,6 +78,10 @@ WRONG = [
     (BASE + ", rol=owner", "unknown key 'rol'", "did you mean 'role'?"),
     (BASE + ", Size=1", "unknown key 'Size'", "did you mean 'size'?"),
     (BASE + ", zzz=1", "unknown key 'zzz'", "possible are id, begin"),
+    (BASE + ", =1", "unknown key ''", "possible are id, begin"),
+    (BASE + ", master=1", "unknown key 'master'", ""),
+    (BASE + ", " + "z" * 41 + "=1", "unknown key '" + "z" * 37 + "...'", ""),
+    (BASE + ", " + "z" * 40 + "=1", "unknown key '" + "z" * 40 + "'", ""),
     (BASE + ", end=0x200", "unknown key 'end'", "say size"),
     (BASE + ", granularity=4k", "unknown key 'granularity'", "leave it out"),
     (BASE + ", \x1b[1m=4k", r"unknown key '\x1b[1m'", ""),
@@ -159,6 +164,12 @@ def test_an_entry_that_is_a_list() -> None:
     found, (error,) = from_value(f"['{BASE}', ['id=s']]")
     assert [one.region_id for one in found] == ["r"]
     assert error.message == "vm.cfg:2: static_shm[1]: the entry is a list, not a string"
+
+
+def test_an_entry_that_is_wrong_is_left_out() -> None:
+    found, (error,) = from_value(f"['{BASE}', '{BASE}, prot=x']")
+    assert [one.place.key for one in found] == ["static_shm[0]"]
+    assert error.facts["place"] == "static_shm[1]"
 
 
 def test_one_id_twice_in_a_configuration() -> None:

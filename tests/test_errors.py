@@ -31,6 +31,7 @@ EXIT_STATUS = {
     "PartialMap": 1,
     "StoreLost": 1,
     "StoreError": 1,
+    "StoreTimedOut": 1,
 }
 CLASSES = [cls for cls in errors.all_errors() if cls.__module__ == errors.__name__]
 CONTRACT = idl.load(INTERFACE)

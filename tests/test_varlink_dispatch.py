@@ -55,7 +55,7 @@ class Service:
         raise self.error
 
     def dispatcher(self) -> Dispatcher:
-        methods = {
+        methods: dict[str, Method | Stream] = {
             "Echo": Method(run=self.echo, max_call_bytes=1000),
             "Count": Stream(run=self.count),
             "Raise": Method(run=self.fail),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client that is not ours: python3-varlink, which does blocking I/O and so runs in this thread."""
+"""A client that is not ours: python3-varlink, whose I/O blocks: the daemon is in a thread."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from xshmd.model import (
     Region,
     RegionRequest,
     Role,
+    Snapshot,
 )
-from xshmd.ports import RegionsApi, Snapshot
+from xshmd.ports import RegionsApi
 from xshmd.units import DomId, Gfn
 from xshmd.varlink.server import Limits, open_listener, serve
 

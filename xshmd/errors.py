@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every error a user may see, so that each says what is wrong, with what, and what to do about it.
 
-One class is one Varlink error is one exit status; ``tests/test_errors.py`` holds the three together.
-Anything raised that is *not* an :class:`XshmError` is a bug of ours and ends in a traceback.
+One class is one Varlink error is one exit status; ``tests/test_errors.py`` holds the three
+together.  Anything raised that is *not* an :class:`XshmError` is a bug of ours and ends in a
+traceback.
 """
 
 from __future__ import annotations
@@ -161,10 +162,21 @@ class StoreLost(XshmError):
 
 
 class StoreError(XshmError):
-    """xenstored answered with an error nobody above expected; ``facts`` have ``path``, ``error``."""
+    """xenstored answered with an error nobody expected; ``facts`` have ``path`` and ``error``."""
 
     varlink_error = "StoreError"
     exit_status = EXIT_FAILED
+
+
+class StoreTimedOut(TimedOut):
+    """xenstored did not answer in time; whatever was in flight may or may not have happened."""
+
+    varlink_error = "StoreTimedOut"
+    exit_status = EXIT_FAILED
+
+
+StoreTrouble = (StoreLost, StoreError, StoreTimedOut)
+"""What xenstored may do to any piece of work, none of which is the fault of what it is about."""
 
 
 def all_errors() -> tuple[type[XshmError], ...]:

@@ -147,7 +147,7 @@ class Region:
     """Where in the holder the region's frames are."""
     lifetime: Lifetime = Lifetime.MEMBERS
     owner: str = ""
-    """Name of the guest whose configuration says ``role=owner``; empty: it belongs to the system."""
+    """Name of the guest whose configuration says ``role=owner``; empty: it is the system's."""
     ready: bool = False
     """False while the frames are being populated and zeroed; an unready one is undone at start."""
 
@@ -235,6 +235,15 @@ class HostInfo:
     @property
     def free_bytes(self) -> int:
         return self.free_pages * PAGE_SIZE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that exists, at one moment."""
+
+    holders: tuple[Holder, ...] = ()
+    regions: tuple[Region, ...] = ()
+    guests: tuple[Guest, ...] = ()
 
 
 SHUTDOWN_POWEROFF: Final = 0

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from xshmd.model import DomainInfo, Guest, GuestConfig, Holder, HostInfo, Region
+from xshmd.model import DomainInfo, Guest, GuestConfig, HostInfo, Snapshot
 from xshmd.units import DomId, Gfn
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ class HeldLock(Protocol):
 
 
 class CreationLock(Protocol):
-    """libxl's lock on a domain's stored configuration, without which ``xl create`` cannot finish."""
+    """libxl's lock on a domain's stored configuration: without it ``xl create`` cannot end."""
 
     def try_hold(self, domid: DomId, uuid: str) -> HeldLock | None:
         """Hold it, or return None at once if somebody else does."""
@@ -208,15 +208,6 @@ class CreationLock(Protocol):
     def is_finished(self, domid: DomId, uuid: str) -> bool:
         """Return whether libxl has stored the configuration: all but the unpause is done."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """All that exists, at one moment."""
-
-    holders: tuple[Holder, ...] = ()
-    regions: tuple[Region, ...] = ()
-    guests: tuple[Guest, ...] = ()
 
 
 class RegionsApi(Protocol):

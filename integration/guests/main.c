@@ -199,7 +199,7 @@ static void sleep_ms(uint64_t ms)
  */
 static void wait_a_little(unsigned int n)
 {
-    if (n % 8 < 7)
+    if (n % 64 < 63)
         board_relax();
     else if (n < 4096)
         board_sched_op(SCHEDOP_yield, NULL);

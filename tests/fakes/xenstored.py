@@ -847,19 +847,20 @@ class FakeXenstored:
             self._listener = None
             self.path.unlink()
 
-    async def start(self, *, fresh: bool = False) -> None:
+    def start(self, *, fresh: bool = False) -> None:
         """Listen (again); ``fresh`` as after a crash, when all is lost but dom0."""
         if fresh:
             self.tree = Tree(self._fire)
             self.introduced = {DOM0}
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Not trio's bind: that uses a thread, during which autojump_clock runs away.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await sock.bind(str(self.path))
+            sock.bind(str(self.path))
+            sock.listen(16)
         except BaseException:
             sock.close()
             raise
-        sock.listen(16)
-        self._listener = trio.SocketListener(sock)
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         self._listening.set()
 
     async def run(self) -> None:
@@ -892,7 +893,7 @@ async def fake_xenstored() -> AsyncIterator[FakeXenstored]:
     # Not pytest's tmp_path: the name of a socket has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="xs") as directory:
         server = FakeXenstored(Path(directory, "socket"))
-        await server.start()
+        server.start()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.run)

@@ -113,10 +113,6 @@ class _Text:
     def has_shared_memory(self) -> bool:
         return any(word in self.data for word in _MENTIONS)
 
-    def lenient(self) -> str:
-        """Return the text whatever its encoding: xl does not mind."""
-        return self.data.decode("utf-8", "replace")
-
 
 class Finder:
     """Finds configurations; implements :class:`xshmd.ports.ConfigFinder`.
@@ -195,7 +191,7 @@ class Finder:
     def _own(self, name: str, uuid: str) -> GuestConfig | None:
         for stem in (name, normalised_uuid(uuid)):
             # A name is any string to xl: only one that stays in the directory can have a file.
-            if not stem or "/" in stem or "\0" in stem:
+            if not stem or "/" in stem:
                 continue
             path = self._own_directory / (stem + _SUFFIX)
             if not os.path.lexists(path):
@@ -213,18 +209,20 @@ class Finder:
         """Return the configuration if it is of this guest.
 
         Raises:
-            ConfigError: it is, and is wrong.
+            ConfigError, ConfigUnreadable: it is, and is wrong.
         """
-        concerned = text.has_shared_memory
         try:
-            parsed = parse(text.data if concerned else text.lenient(), text.file)
+            # xl does not mind the encoding, so it is no reason not to know whose this is.
+            parsed = parse(text.data.decode("utf-8", "replace"), text.file)
         except ConfigUnreadable as err:
             # xl refuses it as well: the wanted guest was not made from it.
-            if concerned:
+            if text.has_shared_memory:
                 self._on_skip(text.file, err.one_line())
             return None
         if parsed.text("name") != name:
             return None
+        if text.has_shared_memory:
+            parsed = parse(text.data, text.file)
         its_uuid = normalised_uuid(parsed.text("uuid") or "")
         if its_uuid and its_uuid != (normalised_uuid(uuid) or its_uuid):
             return None

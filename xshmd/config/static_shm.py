@@ -113,9 +113,8 @@ def _twice(found: Iterable[RegionRequest]) -> Iterable[ConfigError]:
     for request in found:
         before = first.setdefault(request.region_id, request)
         if before is not request:
-            what = f"region '{request.region_id}' is already in {before.place.key}"
-            if before.place.line:
-                what += f" (line {before.place.line})"
+            said = f"{before.place.key} (line {before.place.line})"
+            what = f"region '{request.region_id}' is already in {said}"
             hint = "a guest can have a region once; give the other one another id"
             yield config_error(request.place, what, hint=hint)
 

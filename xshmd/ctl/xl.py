@@ -43,14 +43,14 @@ class Xl:
         When interrupted it is let finish, as an xl that is killed leaves half a domain behind; when
         interrupted again it is stopped all the same.
         """
-        with self._signals.held():
-            process = subprocess.Popen(
-                [self._path, "create", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,
-                process_group=0,
-            )
         try:
+            with self._signals.held():  # Once begun, it must be known here.
+                process = subprocess.Popen(
+                    [self._path, "create", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=_STDERR,
+                    process_group=0,
+                )
             return process.wait()
         except Interrupted:
             render.say("interrupted; waiting for xl, then taking the guest down (again to hurry)")

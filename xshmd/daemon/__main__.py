@@ -13,7 +13,7 @@ import trio
 
 from xshmd import __version__
 from xshmd.daemon import app, logs
-from xshmd.engine.reconciler import REBOOT_GRACE_S, Options
+from xshmd.engine.options import REBOOT_GRACE_S, Options
 from xshmd.errors import XshmError
 
 DEFAULT_SOCKET = Path("/run/xshmd/io.xshmd.Regions")
@@ -22,7 +22,8 @@ log = structlog.get_logger()
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="xshmd", description="Give Xen guests shared memory at the frames they are configured for."
+        prog="xshmd",
+        description="Give Xen guests shared memory at the frames they are configured for.",
     )
     parser.add_argument("--version", action="version", version=f"xshmd {__version__}")
     parser.add_argument(

@@ -15,7 +15,8 @@ from xshmd import __version__
 from xshmd.config.finder import Finder
 from xshmd.daemon.sdnotify import Notifier
 from xshmd.daemon.service import dispatcher
-from xshmd.engine.reconciler import Options, Reconciler
+from xshmd.engine.options import Options
+from xshmd.engine.reconciler import Reconciler
 from xshmd.varlink import server
 from xshmd.xen.hypervisor import XenHypervisor
 from xshmd.xen.libxl_lock import LibxlCreationLock

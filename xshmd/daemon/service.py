@@ -15,9 +15,18 @@ import trio
 from xshmd import __version__
 from xshmd.config.guest import guest_config
 from xshmd.errors import NoSuchRegion
-from xshmd.model import Arch, Guest, GuestConfig, GuestState, HostInfo, Region, RegionRequest
+from xshmd.model import (
+    Arch,
+    Guest,
+    GuestConfig,
+    GuestState,
+    HostInfo,
+    Region,
+    RegionRequest,
+    Snapshot,
+)
 from xshmd.policy.host import Finding, findings
-from xshmd.ports import RegionsApi, Snapshot
+from xshmd.ports import RegionsApi
 from xshmd.units import PAGE_SIZE, DomId
 from xshmd.varlink import idl, wire
 from xshmd.varlink.dispatch import Dispatcher, Implementation, InvalidParameter, Method

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one place that puts a holder's frames into a guest: checks, target, maps, all or nothing.
 
-Everything here is synchronous hypercalls on a guest that stands still, in one thread, so that no other
-part of the daemon can come between a check and what it allows.
+Everything here is synchronous hypercalls on a guest that stands still, in one thread, so that no
+other part of the daemon can come between a check and what it allows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,32 @@ class Mapping:
     holder_gfn: Gfn
 
 
-def mappings(requests: Sequence[RegionRequest], regions: dict[str, Region]) -> tuple[Mapping, ...]:
-    """Return what is to be mapped for ``requests``, all of whose regions exist."""
-    return tuple(
-        Mapping(
-            request=request,
-            holder_gfn=Gfn(
-                regions[request.region_id].holder_first_gfn + request.offset_frames
-            ),
-        )
-        for request in requests
-    )
+def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
+    """Return what is to be mapped for ``guest``.
+
+    Raises:
+        Conflict: a region it asks for is not there, not ready, or in another holder than its own.
+    """
+    wanted = []
+    for request in guest.requests:
+        region = regions.get(request.region_id)
+        if region is None or not region.ready or region.holder_uuid != guest.holder_uuid:
+            raise Conflict(
+                f"region {request.region_id} went away while guest {guest.name} was made",
+                hint="start the guest again",
+                region=request.region_id,
+            )
+        first = Gfn(region.holder_first_gfn + request.offset_frames)
+        if request.offset_frames + request.nr_frames > region.nr_frames:
+            # The rules said so before; this is where it would hand out somebody else's frames.
+            raise Conflict(
+                f"{request.place}: region {request.region_id} is smaller than what guest "
+                f"{guest.name} wants of it",
+                hint="start the guest again",
+                region=request.region_id,
+            )
+        wanted.append(Mapping(request=request, holder_gfn=first))
+    return tuple(wanted)
 
 
 def attach(
@@ -62,22 +77,22 @@ def attach(
             xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
     for mapping in wanted:
         _check_empty(xen, guest, mapping.request)
-    enlarge_paging_pool(
-        xen, guest.domid, sum(mapping.request.nr_frames for mapping in wanted) + 4 * len(wanted)
-    )
+    enlarge_paging_pool(xen, guest.domid, [mapping.request.nr_frames for mapping in wanted])
     _verify_holder(xen, holder)
-    _set_target(xen, guest, holder, again=again)
     done: list[Mapping] = []
     try:
+        _set_target(xen, guest, holder, again=again)
         for mapping in wanted:
             request = mapping.request
             xen.map_foreign(
                 guest.domid, request.first_gfn, holder.domid, mapping.holder_gfn, request.nr_frames
             )
             done.append(mapping)
-    except XshmError:
+    except XshmError as error:
         for mapping in done:
             xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
+        if isinstance(error, DomainGone) and xen.domain_info(guest.domid) is not None:
+            raise _holder_gone(holder) from error  # ESRCH does not say which of the two
         raise
 
 
@@ -98,8 +113,8 @@ def _verify_guest(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> N
         )
     if not info.hvm or not info.hap:
         raise Refused(
-            f"guest {guest.name} is {'shadow-paged (hap=0)' if info.hvm else 'a PV guest'}, and only "
-            "hardware-paged HVM and PVH guests can have regions",
+            f"guest {guest.name} is {'shadow-paged (hap=0)' if info.hvm else 'a PV guest'}, and "
+            "only hardware-paged HVM and PVH guests can have regions",
             hint='say type="pvh" and leave hap alone',
             domid=guest.domid,
         )
@@ -119,11 +134,15 @@ def _verify_holder(xen: Hypervisor, holder: Holder) -> None:
     # all the memory of whoever has the holder's number.
     info = xen.domain_info(holder.domid)
     if info is None or info.uuid != holder.uuid or info.dying or not info.hvm:
-        raise Conflict(
-            f"domain {holder.domid} is not the holder {holder.uuid}",
-            hint="end the guests of this share group and start them anew",
-            holder=holder.uuid,
-        )
+        raise _holder_gone(holder)
+
+
+def _holder_gone(holder: Holder) -> Conflict:
+    return Conflict(
+        f"domain {holder.domid} is not the holder {holder.uuid} any more",
+        hint="end the guests of this share group and start them anew",
+        holder=holder.uuid,
+    )
 
 
 def _check_empty(xen: Hypervisor, guest: Guest, request: RegionRequest) -> None:
@@ -141,7 +160,7 @@ def _check_empty(xen: Hypervisor, guest: Guest, request: RegionRequest) -> None:
         raise Refused(
             f"{request.place}: region {request.region_id} would lie over memory that guest "
             f"{guest.name} has already at {address_of(present[0]):#x}",
-            hint="say a begin outside the guest's RAM and devices; xshm-regions(7) lists free ranges",
+            hint="say a begin outside the guest's RAM and devices",
             domid=guest.domid,
             region=request.region_id,
         )

@@ -10,7 +10,7 @@ stays: the guest waits for the next start rather than run without its memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -18,8 +18,8 @@ import trio
 
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import DomainGone, HypercallFailed
-from xshmd.model import DomainInfo, Guest, GuestState
+from xshmd.errors import DomainGone, HypercallFailed, XshmError
+from xshmd.model import Guest, GuestState
 from xshmd.policy.identity import is_holder_uuid, new_generation
 from xshmd.ports import CreationLock, HeldLock, Hypervisor, Store
 from xshmd.units import DOMID_0, DOMID_FIRST_RESERVED, DomId
@@ -29,9 +29,6 @@ log = structlog.get_logger()
 ROOT: Final = "/libxl"
 _DOMAIN_PATH: Final = re.compile(r"/libxl/([0-9]{1,5})(?:/(.*))?")
 
-OnHeld = Callable[[Guest, bool], Awaitable[None]]
-OnChange = Callable[[], Awaitable[None]]
-
 
 class Gate:
     """Watches ``/libxl`` and holds what is new.
@@ -40,61 +37,75 @@ class Gate:
     It writes nothing to the ledger but the HELD record of a domain it has just found.
     """
 
-    def __init__(
-        self, xen: Hypervisor, store: Store, ledger: Ledger, locks: CreationLock
-    ) -> None:
+    def __init__(self, xen: Hypervisor, store: Store, ledger: Ledger, locks: CreationLock) -> None:
         self._xen, self._store, self._ledger, self._locks = xen, store, ledger, locks
         self._worker = XenWorker()
-        self._seen: set[DomId] = {DOMID_0}
+        self._seen: dict[DomId, str] = {}
         self._held: dict[str, HeldLock] = {}
+        self.had_run: set[str] = set()
+        """Generations of guests that had run before they could be held."""
 
-    def adopt(self, domid: DomId) -> None:
-        """Say that this domain is not new: the ledger knows it, or it ran before us."""
-        self._seen.add(domid)
+    def adopt(self, guest: Guest) -> None:
+        """Say that the ledger knows this domain from an earlier life of ours."""
+        self._seen[guest.domid] = guest.uuid
 
-    def forget(self, domid: DomId) -> None:
-        """Say that this domain is gone, so that its number is a new domain when it comes again."""
-        self._seen.discard(domid)
+    def forget(self, guest: Guest) -> None:
+        """Say that this guest is gone, so that its domid is a new domain when it comes again."""
+        self.had_run.discard(guest.generation)
+        if self._seen.get(guest.domid) == guest.uuid:
+            del self._seen[guest.domid]
 
     async def run(
         self,
-        on_held: OnHeld,
-        on_change: OnChange,
+        on_change: Callable[[], None],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Watch for ever.
 
         Args:
-            on_held: Called with each guest now standing still, and whether it had run before.
-            on_change: Called when a domain's own node went away or the connection was lost.
+            on_change: Called when a domain was held, when one may have gone, and when the
+                connection was lost and is back.
             task_status: Started once what is there at the start has been looked at.
         """
         async with self._store.watch(ROOT) as events:
             started = False
             async for event in events:
-                if (match := _DOMAIN_PATH.fullmatch(event.path)) is None:
-                    for name in await self._store.directory(ROOT) or ():
-                        if name.isdigit():
-                            await self._look_at(DomId(int(name)), on_held, at_start=not started)
-                    await on_change()
-                else:
-                    domid = DomId(int(match[1]))
-                    if domid not in self._seen:
-                        await self._look_at(domid, on_held, at_start=False)
-                    elif match[2] is None:
-                        await on_change()
+                try:
+                    await self._handle(event.path, on_change, at_start=not started)
+                except XshmError as error:
+                    # One domain's trouble is not the gate's.  After a lost connection the watch
+                    # fires for all of /libxl again.
+                    log.warning("gate could not look", path=event.path, reason=error.one_line())
                 if not started:
                     started = True
                     task_status.started()
 
-    async def _look_at(self, domid: DomId, on_held: OnHeld, *, at_start: bool) -> None:
-        if domid in self._seen or not 0 <= domid < DOMID_FIRST_RESERVED:
+    async def _handle(self, path: str, on_change: Callable[[], None], *, at_start: bool) -> None:
+        if (match := _DOMAIN_PATH.fullmatch(path)) is not None:
+            domids = [DomId(int(match[1]))]
+        else:
+            names = await self._store.directory(ROOT) or ()
+            domids = [DomId(int(name)) for name in names if name.isdecimal()]
+            for gone in self._seen.keys() - set(domids):
+                del self._seen[gone]
+        for domid in domids:
+            if domid not in self._seen or (match is not None and match[2] is None):
+                await self._look_at(domid, at_start=at_start)
+        if match is None or match[2] is None:
+            on_change()
+
+    async def _look_at(self, domid: DomId, *, at_start: bool) -> None:
+        if not DOMID_0 < domid < DOMID_FIRST_RESERVED:
+            return
+        # libxl removes the node before it destroys the domain: without it, this is an end.
+        if await self._store.read(f"{ROOT}/{domid}/type") is None:
+            self._seen.pop(domid, None)
             return
         info = await self._worker.run(self._xen.domain_info, domid)
-        if info is None or info.dying:
-            return  # the node of a domain that is gone already, or not made by Xen at all
-        self._seen.add(domid)
+        if info is None or info.dying or self._seen.get(domid) == info.uuid:
+            return
+        self._seen[domid] = info.uuid
         if is_holder_uuid(info.uuid):
             return
         if at_start and not (info.paused and info.cpu_time_ns == 0):
@@ -103,35 +114,34 @@ class Gate:
         guest = Guest(
             domid=domid, uuid=info.uuid, name="", generation=new_generation(), state=GuestState.HELD
         )
-        # The record first: should we die between it and the pause, the next start finds it.
-        await self._ledger.put_guest(guest)
         try:
-            had_run = await self.hold(guest)
+            # The record first: should we die between it and the pause, the next start finds it.
+            await self._ledger.put_guest(guest)
+            await self._hold(guest)
         except DomainGone:
+            self._seen.pop(domid, None)
             await self._ledger.drop_guest(guest.generation)
-            self._seen.discard(domid)
-            return
-        await on_held(guest, had_run)
+        except XshmError:
+            self._seen.pop(domid, None)
+            raise
 
-    async def hold(self, guest: Guest) -> bool:
-        """Take the creation lock and one pause; return whether the guest had run before."""
-        lock = self._locks.try_hold(guest.domid, guest.uuid)
-        if lock is not None:
-            self._held[guest.generation] = lock
+    async def _hold(self, guest: Guest) -> None:
+        self.lock(guest)
         try:
             await self._worker.run(self._xen.pause, guest.domid)
-            info: DomainInfo | None = await self._worker.run(self._xen.domain_info, guest.domid)
+            info = await self._worker.run(self._xen.domain_info, guest.domid)
         except HypercallFailed:
             self.unlock(guest)
             raise
-        return info is not None and info.cpu_time_ns > 0
+        if info is not None and info.cpu_time_ns > 0:
+            self.had_run.add(guest.generation)
 
     async def unpause(self, guest: Guest) -> None:
         """Give our pause back."""
         await self._worker.run(self._xen.unpause, guest.domid)
 
-    def relock(self, guest: Guest) -> None:
-        """Take the creation lock again after a start, where it can be had."""
+    def lock(self, guest: Guest) -> None:
+        """Take the creation lock, where it can be had."""
         if guest.generation not in self._held:
             lock = self._locks.try_hold(guest.domid, guest.uuid)
             if lock is not None:

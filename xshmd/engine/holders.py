@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Holders and the frames in them: made by the recipe, known by UUID, never destroyed while targeted.
+"""Holders and their frames: made by the recipe, known by UUID, never destroyed while targeted.
 
-Each holder has one *anchor* frame that belongs to no region.  dom0 keeps it mapped: while it is, the
-holder's domid cannot be given to another domain, so what was verified stays true.
+Each holder has one *anchor* frame that belongs to no region.  dom0 keeps it mapped: while it is,
+the holder's domid cannot be given to another domain, so what was verified stays true.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
 
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, XshmError
+from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, StoreTrouble, XshmError
 from xshmd.model import DomainInfo, Holder, Lifetime, Region
 from xshmd.policy.identity import new_holder_uuid
 from xshmd.ports import Hypervisor, PageMap, Store
@@ -27,6 +28,8 @@ ANCHOR_GFN: Final = Gfn(0x40000)
 FIRST_REGION_GFN: Final = Gfn(ANCHOR_GFN + SUPERPAGE_FRAMES)
 NO_DOMAIN: Final = DomId(-1)
 """In a holder's record: the domain is about to be made."""
+WIPE_FRAMES: Final = 4096
+"""Frames looked at and wiped at a time."""
 POOL_SLACK_FRAMES: Final = 16
 """Paging-pool frames beyond the computed need: top-level tables, and Xen's own rounding."""
 
@@ -39,21 +42,33 @@ def table_frames(nr_frames: int) -> int:
     return -(-nr_frames // SUPERPAGE_FRAMES) + -(-nr_frames // SUPERPAGE_FRAMES**2) + 4
 
 
-def enlarge_paging_pool(xen: Hypervisor, domid: DomId, nr_frames: int) -> None:
-    """Give the domain's p2m the table frames that ``nr_frames`` more entries need."""
-    pool_bytes = xen.paging_pool_bytes(domid)
-    extra_frames = table_frames(nr_frames) + POOL_SLACK_FRAMES
-    xen.set_paging_pool_bytes(domid, pool_bytes + bytes_of(extra_frames))
+def enlarge_paging_pool(xen: Hypervisor, domid: DomId, ranges: Iterable[int]) -> None:
+    """Give the domain's p2m the table frames that more 4 KiB entries need.
+
+    Args:
+        xen: The hypervisor.
+        domid: The domain.
+        ranges: How many frames each new contiguous range has.
+    """
+    extra_frames = POOL_SLACK_FRAMES + sum(table_frames(nr_frames) for nr_frames in ranges)
+    xen.set_paging_pool_bytes(domid, xen.paging_pool_bytes(domid) + bytes_of(extra_frames))
 
 
 class Holders:
     """Makes, verifies, fills and destroys holders.  Used by the reconciler alone."""
 
     def __init__(
-        self, xen: Hypervisor, worker: XenWorker, store: Store, ledger: Ledger, *, floor_bytes: int
+        self,
+        xen: Hypervisor,
+        worker: XenWorker,
+        store: Store,
+        ledger: Ledger,
+        *,
+        floor_bytes: int,
+        on_created: Callable[[Holder], None],
     ) -> None:
         self._xen, self._worker, self._store, self._ledger = xen, worker, store, ledger
-        self._floor_bytes = floor_bytes
+        self._floor_bytes, self._on_created = floor_bytes, on_created
         self._anchors: dict[str, PageMap] = {}
 
     def close(self) -> None:
@@ -77,13 +92,14 @@ class Holders:
         holder = await self._ledger.put_holder(dataclasses.replace(holder, domid=domid))
         await self._name(holder)
         await self.verify(holder)
+        self._on_created(holder)
         log.info("holder created", holder=holder.uuid, domid=domid)
         return holder
 
     def _make_domain(self, uuid: str) -> DomId:
         domid = self._xen.create_holder_domain(uuid)
         try:
-            enlarge_paging_pool(self._xen, domid, 1)
+            enlarge_paging_pool(self._xen, domid, [1])
             self._xen.set_max_pages(domid, 1)
             self._xen.populate(domid, ANCHOR_GFN, 1)
             self._xen.zero(domid, ANCHOR_GFN, 1)
@@ -144,8 +160,7 @@ class Holders:
         anchor = self._anchors.pop(holder.uuid, None)
         await self._worker.run(self._destroy_now, holder, anchor)
         if holder.domid != NO_DOMAIN:
-            await self._store.remove(f"/local/domain/{holder.domid}")
-            await self._store.remove(f"/libxl/{holder.domid}")
+            await self._remove_nodes(holder)
         await self._ledger.drop_holder(holder.uuid)
         log.info("holder destroyed", holder=holder.uuid, domid=holder.domid)
 
@@ -157,22 +172,40 @@ class Holders:
         if anchor is not None:
             anchor.close()
 
-    def forget(self, holder: Holder) -> None:
-        """Drop what pins a holder that somebody else destroyed."""
+    async def lose(self, holder: Holder) -> None:
+        """Drop the records of a holder that is gone, and of its regions."""
         anchor = self._anchors.pop(holder.uuid, None)
         if anchor is not None:
             anchor.close()
+        for region in self._ledger.regions:
+            if region.holder_uuid == holder.uuid:
+                await self._ledger.drop_region(region.region_id)
+        info = await self._worker.run(self._xen.domain_info, holder.domid)
+        if info is None or info.uuid == holder.uuid:
+            # Nobody introduced it to xenstored, so nobody else removes its nodes; but if the number
+            # is another domain's by now, so are they.
+            await self._remove_nodes(holder)
+        await self._ledger.drop_holder(holder.uuid)
+
+    async def _remove_nodes(self, holder: Holder) -> None:
+        await self._store.remove(f"/local/domain/{holder.domid}")
+        await self._store.remove(f"/libxl/{holder.domid}")
 
     # -- regions in it --------------------------------------------------------------------------
 
     async def add_region(
-        self, holder: Holder, region_id: str, nr_frames: int, *, owner: str, lifetime: Lifetime
+        self, holder_uuid: str, region_id: str, nr_frames: int, *, owner: str, lifetime: Lifetime
     ) -> Region:
         """Give the holder fresh, zeroed frames for a region.
 
         Raises:
             OutOfMemory: the host has not that much, or too little would be left; nothing is done.
         """
+        holder = self._ledger.holder(holder_uuid)
+        if holder is None:
+            raise Conflict(
+                f"the holder of region {region_id} is gone", hint="start the guest again"
+            )
         await self._check_memory(region_id, nr_frames)
         first = Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
         region = await self._ledger.put_region(
@@ -187,6 +220,8 @@ class Holders:
         try:
             await self.verify(holder)
             await self._worker.run(self._populate_now, holder.domid, first, nr_frames)
+        except StoreTrouble:
+            raise  # the unready record says what to undo
         except XshmError:
             await self._ledger.drop_region(region_id)
             raise
@@ -207,13 +242,17 @@ class Holders:
     def _populate_now(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
         info = self._xen.domain_info(domid)
         held = info.tot_pages if info else 0
-        enlarge_paging_pool(self._xen, domid, nr_frames)
+        enlarge_paging_pool(self._xen, domid, [nr_frames])
         self._xen.set_max_pages(domid, held + nr_frames)
         try:
             self._xen.populate(domid, first_gfn, nr_frames)
             # Pages that a running guest gave back by ballooning come with what it left in them:
             # Xen scrubs only what dying domains leave (page_alloc.c, free_domheap_pages).
-            self._xen.zero(domid, first_gfn, nr_frames)
+            try:
+                self._xen.zero(domid, first_gfn, nr_frames)
+            except XshmError:
+                self._xen.depopulate(domid, first_gfn, nr_frames)
+                raise
         finally:
             self._xen.set_max_pages(domid, 0)
 
@@ -229,9 +268,17 @@ class Holders:
         log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
 
     def _depopulate_now(self, domid: DomId, region: Region) -> None:
-        if region.ready:
-            # Wiped by us: the pages of a domain that lives go back to Xen's heap as they are.
-            self._xen.zero(domid, region.holder_first_gfn, region.nr_frames)
+        # Wiped by us: the pages of a domain that lives go back to Xen's heap as they are.  Of a
+        # region whose making or freeing was cut off, some frames may be there and some not.
+        end = region.holder_first_gfn + region.nr_frames
+        for start in range(region.holder_first_gfn, end, WIPE_FRAMES):
+            frames = [Gfn(gfn) for gfn in range(start, min(start + WIPE_FRAMES, end))]
+            there = self._xen.populated_frames(domid, frames)
+            if len(there) == len(frames):
+                self._xen.zero(domid, frames[0], len(frames))
+            else:
+                for gfn in there:
+                    self._xen.zero(domid, gfn, 1)
         self._xen.depopulate(domid, region.holder_first_gfn, region.nr_frames)
 
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from xshmd.engine import records
 from xshmd.errors import StoreError
-from xshmd.model import Guest, Holder, Region
-from xshmd.ports import Snapshot, Store
+from xshmd.model import Guest, Holder, Region, Snapshot
+from xshmd.ports import Store
 from xshmd.units import DomId
 
 R = TypeVar("R")
@@ -93,7 +93,11 @@ class Ledger:
     def guest_of_domain(self, domid: DomId) -> Guest | None:
         """Return the guest that lives as this domain; one awaiting its reboot lives as none."""
         return next(
-            (guest for guest in self._guests.values() if guest.domid == domid and not guest.ended_at),
+            (
+                guest
+                for guest in self._guests.values()
+                if guest.domid == domid and not guest.ended_at
+            ),
             None,
         )
 
@@ -116,6 +120,12 @@ class Ledger:
         await self._store.write(records.region_path(region.region_id), records.encode(region))
         self._regions[region.region_id] = region
         return region
+
+    def know(self, guest: Guest) -> Guest:
+        """Believe something of a guest that need not be written down: it can be found out again."""
+        if guest.generation in self._guests:
+            self._guests[guest.generation] = guest
+        return guest
 
     async def put_guest(self, guest: Guest, also: Iterable[tuple[str, str]] = ()) -> Guest:
         """Record a guest, new or changed, and write ``also`` in the same go, after it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Clears the xenstore nodes of a guest that was destroyed while xl was still making it.
+"""Clears the xenstore nodes that a guest's untimely end leaves behind.
 
 libxl finds its domain gone and then leaves the nodes (tools/libs/light/libxl_domain.c,
 ``libxl__destroy_domid``: "Non-existent domain").  Mostly there are three, since a refusal is known
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from xshmd.model import Guest
 from xshmd.ports import Store
+from xshmd.units import DomId
 
 
 async def remove_leftovers(store: Store, guest: Guest) -> None:
@@ -24,3 +25,14 @@ async def remove_leftovers(store: Store, guest: Guest) -> None:
                 await store.remove(backend)
     for path in (f"/local/domain/{guest.domid}", f"/vm/{guest.uuid}", f"/libxl/{guest.domid}"):
         await store.remove(path)
+
+
+async def remove_stray(store: Store, domid: DomId) -> None:
+    """Remove a gone domain's directory if nothing but our own nodes is in it.
+
+    Writing a node makes its directory, so one we write while libxl is removing the domain's would
+    bring it back for ever.
+    """
+    at = f"/local/domain/{domid}"
+    if await store.directory(at) == ("xshm",):
+        await store.remove(at)

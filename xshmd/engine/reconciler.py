@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The single writer: takes guests through the gate, follows their ends, frees what nobody has.
+"""The single writer: one loop that looks at what is, and does the next step for each thing in it.
 
-Everything that changes the world happens in :meth:`Reconciler.run`'s one loop, a piece of work at a
-time, so nothing here needs a lock.  Watches are hints: each piece of work looks at Xen again.
+Everything that changes the world happens in :meth:`Reconciler.run`'s loop, a piece of work at a
+time, so nothing here needs a lock.  Watches are hints: each look asks Xen again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -16,55 +15,36 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from xshmd.engine import records
-from xshmd.engine.attach import attach, mappings
+from xshmd.engine.ends import Ends
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_leftovers
+from xshmd.engine.options import Options
+from xshmd.engine.passage import Passage
 from xshmd.engine.recovery import recover
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import Conflict, DomainGone, StoreLost, TimedOut, XshmError
+from xshmd.errors import DomainGone, StoreLost, StoreTrouble, TimedOut, XshmError
 from xshmd.model import (
-    SHUTDOWN_CRASH,
     SHUTDOWN_POWEROFF,
-    SHUTDOWN_REBOOT,
-    SHUTDOWN_WATCHDOG,
+    DomainInfo,
     Guest,
     GuestConfig,
     GuestState,
     Holder,
     HostInfo,
-    Lifetime,
+    Snapshot,
 )
-from xshmd.policy.plan import GuestPlan, plan_guest
-from xshmd.ports import Clock, ConfigFinder, CreationLock, Hypervisor, Snapshot, Store
-from xshmd.units import human_size
+from xshmd.ports import Clock, ConfigFinder, CreationLock, Hypervisor, Store
 
 log = structlog.get_logger()
 T = TypeVar("T")
+Work = Callable[[], Awaitable[None]]
 
-REBOOT_GRACE_S: Final = 30.0
-FREE_MEMORY_FLOOR_BYTES: Final = 16 << 20
-COMES_BACK: Final = frozenset({SHUTDOWN_REBOOT, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG})
-"""Ways a guest ends itself after which xl, as it is usually told to, makes it anew."""
-INBOX: Final = 64
-DECLARED_S: Final = 600.0
-"""How long a declared configuration waits for its domain."""
+AGAIN_S: Final = 1.0
+"""When to look again after xenstored failed us in the middle of something."""
 LEFTOVERS_S: Final = 3.0
 """When to look again for nodes that xl wrote for a domain after we had destroyed it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What an admin may choose."""
-
-    reboot_grace_s: float = REBOOT_GRACE_S
-    """How long the regions of a guest that rebooted or crashed wait for it to come back."""
-    free_memory_floor_bytes: int = FREE_MEMORY_FLOOR_BYTES
-    """How much of the host's memory regions never take."""
-    destroy_on_failure: bool = True
-    """Destroy a guest whose regions cannot be given; otherwise it stays paused for an admin."""
 
 
 class Reconciler:
@@ -80,46 +60,52 @@ class Reconciler:
         clock: Clock,
         options: Options,
     ) -> None:
-        self._xen, self._store, self._finder, self._clock = xen, store, finder, clock
-        self._options = options
+        self._xen, self._store, self._clock, self._options = xen, store, clock, options
         self._worker = XenWorker()
-        self._ledger = Ledger(store)
-        self._holders = Holders(
-            xen, self._worker, store, self._ledger, floor_bytes=options.free_memory_floor_bytes
+        self._lookout = XenWorker()
+        self._ledger = ledger = Ledger(store)
+        self._holders = holders = Holders(
+            xen, self._worker, store, ledger,
+            floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
+        )  # fmt: skip
+        self._gate = gate = Gate(xen, store, ledger, locks)
+        self._passage = Passage(
+            xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
+            ledger=ledger, holders=holders, gate=gate, options=options,
+        )  # fmt: skip
+        self._ends = Ends(
+            store=store, clock=clock, ledger=ledger, holders=holders, gate=gate, options=options
         )
-        self._gate = Gate(xen, store, self._ledger, locks)
-        self._put, self._get = trio.open_memory_channel[Callable[[], Awaitable[None]]](INBOX)
-        self._rescan_due = False
+        # Unbounded, yet never long: looks are merged into one, and a client asks one thing at a
+        # time.
+        self._put, self._get = trio.open_memory_channel[Work](math.inf)
+        self._look_due = False
         self._changed = trio.Event()
-        self._declared: dict[str, tuple[GuestConfig, float]] = {}
-        self._failures: dict[str, XshmError] = {}
-        self._reasons: dict[str, int] = {}
-        self._again: set[str] = set()
         self._nursery: trio.Nursery | None = None
 
     # -- the loop -------------------------------------------------------------------------------
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover, then serve for ever."""
         for unreadable in await self._ledger.load():
             log.error("record unreadable", reason=unreadable.one_line())
-        self._again |= await recover(
+        for guest in await recover(
             self._xen, self._worker, self._holders, self._ledger, self._gate, self._clock
-        )
+        ):
+            self._passage.mark_tried(guest.generation)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 for holder in self._ledger.holders:
-                    nursery.start_soon(self._answer_shutdown, holder)
-                await nursery.start(self._gate.run, self._on_held, self._hint)
-                await nursery.start(self._watch_hints, "@introduceDomain")
-                await nursery.start(self._watch_hints, "@releaseDomain")
+                    self._watch_holder(holder)
+                await nursery.start(self._gate.run, self._hint)
+                await nursery.start(self._watch, "@introduceDomain", None)
+                await nursery.start(self._watch, "@releaseDomain", self._note_shutdowns)
                 for guest in self._ledger.guests:
-                    if guest.state in (GuestState.HELD, GuestState.ATTACHING):
-                        await self._on_held(guest, False)
-                await self._hint()
+                    if guest.state is GuestState.REBOOTING:
+                        waited = self._clock.now() - guest.ended_at
+                        self._look_in(max(0.0, self._options.reboot_grace_s - waited))
+                self._hint()
                 task_status.started()
                 async for work in self._get:
                     await self._do(work)
@@ -127,27 +113,17 @@ class Reconciler:
             self._gate.close()
             self._holders.close()
 
-    async def _do(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _do(self, work: Work) -> None:
         try:
             await work()
-        except StoreLost as lost:
-            # Whatever was begun is in the records; the watches fire again once xenstored is back,
-            # and that looks at everything anew.
-            log.warning("xenstored was lost, work put off", reason=lost.one_line())
+        except StoreTrouble as trouble:
+            # Whatever was begun is in the records, and the next look goes on with it.
+            log.warning("work put off", reason=trouble.one_line())
+            self._look_in(AGAIN_S)
         except XshmError as error:
             log.error("work failed", reason=error.one_line(), **error.facts)
-        self._tell()
-
-    def _tell(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-    async def ping(self) -> None:
-        """Return once the loop has come round: proof that it is alive, for the watchdog."""
-        await self._ask(self._nothing)
-
-    async def _nothing(self) -> None:
-        pass
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
         """Have the loop do something, and return or raise what comes of it."""
@@ -163,7 +139,7 @@ class Reconciler:
             finally:
                 done.set()
 
-        await self._put.send(work)
+        self._put.send_nowait(work)
         await done.wait()
         if failed:
             raise failed[0]
@@ -171,333 +147,133 @@ class Reconciler:
             raise StoreLost("xshmd was stopped in the middle of it", hint="ask again")
         return outcome[0]
 
-    # -- hints from outside ---------------------------------------------------------------------
+    # -- hints ----------------------------------------------------------------------------------
 
-    async def _watch_hints(
-        self, path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    def _hint(self) -> None:
+        if not self._look_due:
+            self._look_due = True
+            self._put.send_nowait(self._look)
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        async def wait() -> None:
+            await trio.sleep(seconds)
+            work()
+
+        if self._nursery is not None:
+            self._nursery.start_soon(wait)
+
+    def _look_in(self, seconds: float) -> None:
+        self._later(seconds, self._hint)
+
+    async def _watch(
+        self,
+        path: str,
+        before: Work | None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         async with self._store.watch(path) as events:
             task_status.started()
             async for _ in events:
-                await self._hint()
+                if before is not None:
+                    await before()
+                self._hint()
 
-    async def _hint(self) -> None:
-        if not self._rescan_due:
-            self._rescan_due = True
-            await self._put.send(self._rescan)
-
-    async def _on_held(self, guest: Guest, had_run: bool) -> None:
-        async def work() -> None:
-            await self._prepare(guest, had_run=had_run)
-
-        await self._put.send(work)
-
-    async def _later(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        await trio.sleep(seconds)
-        await self._put.send(work)
-
-    def _schedule(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(self._later, seconds, work)
-
-    # -- a guest's way through the gate ---------------------------------------------------------
-
-    async def _prepare(self, guest: Guest, *, had_run: bool) -> None:
-        """Find out what a held guest is to have, and make it, while xl is still building it."""
-        if self._ledger.guest(guest.generation) is None:
-            return
+    async def _note_shutdowns(self) -> None:
+        # At once and past the loop, which may be busy: xl destroys a guest that has shut itself
+        # down in a moment, and with it what says whether it will come back.
         try:
-            if guest.state is GuestState.HELD:
-                name = await self._store.read(f"/local/domain/{guest.domid}/name") or ""
-                guest = dataclasses.replace(guest, name=name)
-            config = await self._config_of(guest)
-            if config is None or not config.requests:
-                await self._let_go(guest)
-                return
-            if had_run:
-                raise Conflict(
-                    f"guest {guest.name} ran before xshmd could stop it, without its regions",
-                    hint="start it with `xshmctl create`, which is never too late",
-                    domid=guest.domid,
-                )
-            plan = await self._plan(config)
-            guest = await self._make(guest, plan)
-        except DomainGone:
-            await self._ended(guest)
-        except StoreLost:
-            raise
+            self._ends.note_shutdowns(await self._domains(self._lookout))
         except XshmError as error:
-            await self._doom(guest, error)
-        else:
-            await self._attach_if_built(guest)
+            log.warning("domains could not be listed", reason=error.one_line())
 
-    async def _config_of(self, guest: Guest) -> GuestConfig | None:
-        if guest.state is GuestState.ATTACHING:  # begun in an earlier life of ours
-            return GuestConfig(name=guest.name, uuid=guest.uuid, requests=guest.requests)
-        declared = self._declared.pop(guest.name, None)
-        if declared is not None and declared[1] > self._clock.now():
-            return declared[0]
-        for earlier in self._ledger.guests:
-            # xl makes a rebooted guest from the configuration it read when it first made it, under
-            # the same UUID; whatever its file says by now does not count.
-            if earlier.state is GuestState.REBOOTING and earlier.uuid == guest.uuid:
-                return GuestConfig(name=guest.name, uuid=guest.uuid, requests=earlier.requests)
-        return await trio.to_thread.run_sync(
-            lambda: self._finder.find(name=guest.name, uuid=guest.uuid)
-        )
+    async def _domains(self, worker: XenWorker) -> dict[int, DomainInfo]:
+        return {int(info.domid): info for info in await worker.run(self._xen.domains)}
 
-    async def _plan(self, config: GuestConfig) -> GuestPlan:
-        host = await self._worker.run(self._xen.host_info)
-        known = await trio.to_thread.run_sync(self._finder.known)
-        return plan_guest(config, host=host, snapshot=self._ledger.snapshot(), known=known)
+    # -- the look -------------------------------------------------------------------------------
 
-    async def _make(self, guest: Guest, plan: GuestPlan) -> Guest:
-        # A guest that was begun has its target, or may have: no other holder will do.
-        uuid = guest.holder_uuid or plan.holder_uuid
-        holder = self._ledger.holder(uuid) if uuid else None
-        if holder is None and guest.holder_uuid:
-            raise Conflict(f"the holder of guest {guest.name} is gone", hint="start the guest again")
-        if holder is None:
-            holder = await self._holders.create()
-            assert self._nursery is not None
-            self._nursery.start_soon(self._answer_shutdown, holder)
-        # From here on the guest's record keeps holder and regions from being collected.
-        guest = await self._ledger.put_guest(
-            dataclasses.replace(
-                guest,
-                state=GuestState.ATTACHING,
-                holder_uuid=holder.uuid,
-                requests=plan.requests,
-            ),
-            also=[(records.mark_path(guest.domid), guest.generation)],
-        )
-        for new in plan.new_regions:
-            holder = self._ledger.holder(holder.uuid) or holder
-            await self._holders.add_region(
-                holder, new.region_id, new.nr_frames, owner=new.owner, lifetime=new.lifetime
-            )
-            log.info(
-                "region created",
-                region=new.region_id,
-                size_bytes=new.nr_frames << 12,
-                holder=holder.uuid,
-                guest=guest.name,
-            )
-        return guest
-
-    async def _attach_if_built(self, guest: Guest) -> None:
-        """Map, once the toolstack has made the guest's memory: not earlier, never later."""
-        try:
-            if not await self._store.is_introduced(guest.domid):
-                return
-            started = trio.current_time()
-            holder = self._ledger.holder(guest.holder_uuid)
-            if holder is None:
-                raise Conflict(
-                    f"the holder of guest {guest.name} is gone", hint="start the guest again"
-                )
-            await self._holders.verify(holder)
-            regions = {region.region_id: region for region in self._ledger.regions}
-            again = guest.generation in self._again
-            self._again.add(guest.generation)
-            await self._worker.run(
-                lambda: attach(
-                    self._xen, guest, holder, mappings(guest.requests, regions), again=again
-                )
-            )
-            await self._store.write_many(records.published(guest))
-            await self._gate.unpause(guest)
-            attached = await self._ledger.put_guest(
-                dataclasses.replace(guest, state=GuestState.ATTACHED)
-            )
-        except DomainGone:
-            await self._ended(guest)
-            return
-        except StoreLost:
-            raise
-        except XshmError as error:
-            await self._doom(guest, error)
-            return
-        self._again.discard(guest.generation)
-        for earlier in self._ledger.guests:
-            if earlier.state is GuestState.REBOOTING and earlier.name == guest.name:
-                await self._ledger.drop_guest(earlier.generation)
-        self._failures.pop(guest.name, None)
-        self._gate.unlock(attached)
-        log.info(
-            "guest attached",
-            guest=guest.name,
-            domid=guest.domid,
-            regions=[request.region_id for request in guest.requests],
-            size=human_size(sum(request.size_bytes for request in guest.requests)),
-            seconds=round(trio.current_time() - started, 4),
-        )
-
-    async def _let_go(self, guest: Guest) -> None:
-        with contextlib.suppress(DomainGone):
-            await self._gate.unpause(guest)
-        await self._ledger.drop_guest(guest.generation)
-        self._gate.unlock(guest)
-
-    async def _doom(self, guest: Guest, error: XshmError) -> None:
-        """The guest cannot have its regions, so it must not run."""
-        log.error("guest refused", guest=guest.name, domid=guest.domid, reason=error.one_line())
-        for note in getattr(error, "__notes__", ()):
-            log.error("also", guest=guest.name, reason=note)
-        self._failures[guest.name] = error
-        while len(self._failures) > INBOX:
-            self._failures.pop(next(iter(self._failures)))
-        guest = await self._ledger.put_guest(
-            dataclasses.replace(guest, state=GuestState.DOOMED, failure=error.one_line())
-        )
-        if not self._options.destroy_on_failure:
-            self._gate.unlock(guest)
-            return
-        with contextlib.suppress(DomainGone):
-            await self._worker.run(self._xen.destroy, guest.domid)
-        await remove_leftovers(self._store, guest)
-        await self._ended(guest)
-
-        async def look_again() -> None:
-            # xl was still at work on it and may have written device nodes since.
-            if await self._worker.run(self._xen.domain_info, guest.domid) is None:
-                await remove_leftovers(self._store, guest)
-
-        self._schedule(LEFTOVERS_S, look_again)
-
-    # -- ends -----------------------------------------------------------------------------------
-
-    async def _rescan(self) -> None:
-        """Compare what the ledger believes with what Xen has."""
-        self._rescan_due = False
-        domains = {info.domid: info for info in await self._worker.run(self._xen.domains)}
+    async def _look(self) -> None:
+        """Compare what the ledger believes with what Xen has, and take every guest a step on."""
+        self._look_due = False
+        domains = await self._domains(self._worker)
+        await self._ends.check_holders(domains)
         for guest in self._ledger.guests:
             if guest.state is GuestState.REBOOTING:
                 continue
             info = domains.get(guest.domid)
             if info is None or info.uuid != guest.uuid or info.dying:
-                await self._ended(guest)
-            elif guest.state is GuestState.ATTACHING:
-                await self._attach_if_built(guest)
-            elif info.shut_down:
-                self._reasons[guest.generation] = info.shutdown_reason
-        for holder in self._ledger.holders:
-            info = domains.get(holder.domid)
-            if info is None or info.uuid != holder.uuid or info.dying:
-                await self._holder_lost(holder)
-        await self._collect()
+                await self._end(guest)
+            elif guest.state in (GuestState.HELD, GuestState.ATTACHING):
+                try:
+                    if await self._passage.advance(guest) is None:
+                        self._hint()
+                except DomainGone:
+                    await self._end(guest)
+        await self._ends.collect()
 
-    async def _ended(self, guest: Guest) -> None:
-        self._gate.unlock(guest)
-        self._gate.forget(guest.domid)
-        self._again.discard(guest.generation)
-        reason = self._reasons.pop(guest.generation, SHUTDOWN_POWEROFF)
-        if guest.state is GuestState.ATTACHED and reason in COMES_BACK:
-            await self._ledger.put_guest(
-                dataclasses.replace(
-                    guest, state=GuestState.REBOOTING, ended_at=self._clock.now()
-                )
-            )
-            self._schedule(self._options.reboot_grace_s, self._collect)
-            log.info("guest awaited", guest=guest.name, domid=guest.domid)
-        else:
-            await self._ledger.drop_guest(guest.generation)
-            if guest.requests:
-                log.info("guest ended", guest=guest.name, domid=guest.domid)
-        await self._collect()
+    async def _end(self, guest: Guest) -> None:
+        self._passage.forget(guest)
+        wait_s = await self._ends.ended(self._ledger.guest(guest.generation) or guest)
+        if wait_s:
+            self._look_in(wait_s)
+        if guest.state is GuestState.DOOMED:
+            self._later(LEFTOVERS_S, lambda: self._put.send_nowait(lambda: self._sweep(guest)))
 
-    async def _collect(self) -> None:
-        """Free every region and holder that nobody has or awaits."""
-        now = self._clock.now()
-        for guest in self._ledger.guests:
-            if (
-                guest.state is GuestState.REBOOTING
-                and now - guest.ended_at >= self._options.reboot_grace_s
-            ):
-                await self._ledger.drop_guest(guest.generation)
-                log.info("guest no longer awaited", guest=guest.name)
-        unused = [
-            region
-            for region in self._ledger.regions
-            if region.lifetime is Lifetime.MEMBERS and not self._ledger.members(region.region_id)
-        ]
-        for holder in self._ledger.holders:
-            theirs = [r for r in self._ledger.regions if r.holder_uuid == holder.uuid]
-            targeted = any(guest.holder_uuid == holder.uuid for guest in self._ledger.guests)
-            if not targeted and all(region in unused for region in theirs):
-                # All of it at once, and Xen does the wiping.
-                for region in theirs:
-                    await self._ledger.put_region(dataclasses.replace(region, ready=False))
-                await self._holders.destroy(holder)
-                for region in theirs:
-                    await self._ledger.drop_region(region.region_id)
-                    log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
-            else:
-                for region in theirs:
-                    if region in unused:
-                        await self._holders.free_region(region)
+    async def _sweep(self, guest: Guest) -> None:
+        # xl was still at work on it when it was destroyed, and may have written nodes since.
+        if await self._worker.run(self._xen.domain_info, guest.domid) is None:
+            await remove_leftovers(self._store, guest)
 
-    async def _holder_lost(self, holder: Holder) -> None:
-        self._holders.forget(holder)
-        lost = [r.region_id for r in self._ledger.regions if r.holder_uuid == holder.uuid]
-        log.error(
-            "holder destroyed by somebody else",
-            holder=holder.uuid,
-            domid=holder.domid,
-            regions=lost,
-            reason="running guests keep their memory, and nobody can join them any more",
-        )
-        for region_id in lost:
-            await self._ledger.drop_region(region_id)
-        await self._ledger.drop_holder(holder.uuid)
+    # -- holders and `xl shutdown` --------------------------------------------------------------
+
+    def _watch_holder(self, holder: Holder) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._answer_shutdown, holder)
 
     async def _answer_shutdown(self, holder: Holder) -> None:
-        """Play the guest's part in ``xl shutdown``, so that ``xl shutdown -a`` does not wait for it."""
+        """Play the guest's part in ``xl shutdown``, so that ``xl shutdown -a`` does not wait."""
         path = f"/local/domain/{holder.domid}/control/shutdown"
-        with contextlib.suppress(StoreLost):
-            async with self._store.watch(path) as events:
-                async for _ in events:
+        async with self._store.watch(path) as events:
+            async for _ in events:
+                with contextlib.suppress(XshmError):
                     asked = await self._store.read(path)
-                    if self._ledger.holder(holder.uuid) is None or asked is None:
-                        return
+                    if asked is None:
+                        return  # its nodes go when it does
                     if asked:
                         await self._store.write(path, "")
-                        with contextlib.suppress(XshmError):
-                            # Shows as shut down and goes on holding: frames and maps are untouched.
-                            await self._worker.run(
-                                self._xen.shut_down, holder.domid, SHUTDOWN_POWEROFF
-                            )
+                        # Shows as shut down and goes on holding: frames and maps are untouched.
+                        await self._lookout.run(
+                            self._xen.shut_down, holder.domid, SHUTDOWN_POWEROFF
+                        )
 
     # -- what clients ask -----------------------------------------------------------------------
+
+    async def ping(self) -> None:
+        """Return once the loop has come round: proof that it is alive, for the watchdog."""
+        await self._ask(trio.lowlevel.checkpoint)
 
     def snapshot(self) -> Snapshot:
         return self._ledger.snapshot()
 
     async def host(self) -> HostInfo:
-        return await self._worker.run(self._xen.host_info)
+        return await self._lookout.run(self._xen.host_info)
 
     async def declare(self, config: GuestConfig) -> None:
-        async def work() -> None:
-            if config.requests:
-                await self._plan(config)
-            self._failures.pop(config.name, None)
-            self._declared[config.name] = (config, self._clock.now() + DECLARED_S)
-
-        await self._ask(work)
+        await self._ask(lambda: self._passage.declare(config))
 
     async def withdraw(self, name: str) -> None:
-        self._declared.pop(name, None)
+        self._passage.withdraw(name)
         await trio.lowlevel.checkpoint()
 
     async def wait_guest(self, name: str, timeout_s: float) -> Guest:
-        with trio.move_on_after(timeout_s if timeout_s >= 0 else math.inf):
+        with trio.move_on_after(timeout_s):
             while True:
                 changed = self._changed
                 for guest in self._ledger.guests:
                     if guest.name == name and guest.state is GuestState.ATTACHED:
                         return guest
-                if name in self._failures:
-                    raise self._failures[name]
+                if name in self._passage.failures:
+                    raise self._passage.failures[name]
                 await changed.wait()
         raise TimedOut(
             f"guest {name} did not get its regions within {timeout_s:g} s",

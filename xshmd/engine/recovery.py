@@ -2,13 +2,12 @@
 """Brings the world and the records together after a start, whatever the last life was cut off in.
 
 Every step of the engine is written down before it is done, so each record says what *may* have been
-done.  Here it is either finished later (the guest is handed back to the reconciler, marked to be done
-again by removing first) or undone.  Domains without a record of ours are never touched.
+done.  Here it is either finished later (the guest is handed back to the reconciler, marked to be
+done again by removing first) or undone.  Domains without a record of ours are never touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import structlog
@@ -28,34 +27,32 @@ log = structlog.get_logger()
 
 async def recover(
     xen: Hypervisor, worker: XenWorker, holders: Holders, ledger: Ledger, gate: Gate, clock: Clock
-) -> set[str]:
-    """Make the ledger true; return the generations whose maps may be half done.
+) -> tuple[Guest, ...]:
+    """Make the ledger true; return the guests whose maps may be half done.
 
-    Guests left HELD stay so, with a pause of ours on them, for the reconciler to prepare anew; those
-    left ATTACHING likewise, for it to attach again.
+    Guests left HELD or ATTACHING stay so, with exactly one pause of ours on them, for the
+    reconciler to take on from the start of that step; the DOOMED likewise, for it to destroy.
     """
     domains = {info.domid: info for info in await worker.run(xen.domains)}
     await _recover_holders(holders, ledger)
     await _recover_regions(holders, ledger)
-    again: set[str] = set()
+    half_done: list[Guest] = []
     for guest in ledger.guests:
         if guest.state is GuestState.REBOOTING:
             continue
         info = domains.get(guest.domid)
         if info is None or info.uuid != guest.uuid or info.dying:
             await _vanished(ledger, guest, clock)
-        elif guest.state is GuestState.ATTACHED:
-            gate.adopt(guest.domid)
-        elif guest.state is GuestState.DOOMED:
-            gate.adopt(guest.domid)
-            with contextlib.suppress(DomainGone):
-                await worker.run(xen.destroy, guest.domid)
-        else:
-            gate.adopt(guest.domid)
-            if await _hold_again(xen, worker, gate, guest, info):
-                again.add(guest.generation)
-            else:
-                await _ran_on(ledger, guest)
+            continue
+        gate.adopt(guest)
+        if guest.state not in (GuestState.HELD, GuestState.ATTACHING):
+            continue
+        if not await _hold_again(xen, worker, gate, guest, info):
+            await _ran_on(ledger, guest)
+        elif guest.state is GuestState.ATTACHING:
+            half_done.append(guest)
+        elif info.cpu_time_ns:
+            gate.had_run.add(guest.generation)
     recorded = {holder.uuid for holder in ledger.holders}
     for info in domains.values():
         if is_holder_uuid(info.uuid) and info.uuid not in recorded and not info.dying:
@@ -64,7 +61,7 @@ async def recover(
                 domid=info.domid,
                 reason="its guests keep their memory; when they have ended, `xl destroy` it",
             )
-    return again
+    return tuple(half_done)
 
 
 async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
@@ -76,10 +73,7 @@ async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
             await holders.verify(holder)
         except Conflict as lost:
             log.error("holder lost", reason=lost.one_line())
-            for region in ledger.regions:
-                if region.holder_uuid == holder.uuid:
-                    await ledger.drop_region(region.region_id)
-            await ledger.drop_holder(holder.uuid)
+            await holders.lose(holder)
 
 
 async def _recover_regions(holders: Holders, ledger: Ledger) -> None:
@@ -110,7 +104,7 @@ async def _hold_again(
     """
     if not info.paused:
         return False
-    gate.relock(guest)
+    gate.lock(guest)
     try:
         count = await worker.run(pause_count, xen, guest.domid)
         # Until libxl has stored the configuration, one of them is its own.
@@ -118,8 +112,7 @@ async def _hold_again(
         if ours < 1:
             await worker.run(xen.pause, guest.domid)
     except DomainGone:
-        gate.unlock(guest)
-        return False
+        gate.unlock(guest)  # the first look finds it gone
     return True
 
 

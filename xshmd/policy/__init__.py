@@ -1,1 +1,2 @@
-
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Decisions from records alone: no I/O, no clock, no trio."""

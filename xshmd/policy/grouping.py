@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which guests must share a holder: those linked by regions, however many steps apart.
 
-A guest has one target for life (``d->target`` in Xen), so all its regions live in one holder, and so
-do all regions of every guest it shares one with.  What is known *beforehand*, from the files on this
-host, therefore decides where a region goes; two groups that already live cannot be joined.
+A guest has one target for life (``d->target`` in Xen), so all its regions live in one holder, and
+so do all regions of every guest it shares one with.  What is known *beforehand*, from the files on
+this host, therefore decides where a region goes; two groups that already live cannot be joined.
 """
 
 from __future__ import annotations
@@ -59,28 +59,34 @@ def choose_holder(
         for guest in guests
         if guest.name != config.name
     ]
-    by_id = {region.region_id: region for region in regions}
+    # A region is where it is; one that is only about to be made is where the guest that makes it
+    # has its target.
+    home = {
+        request.region_id: guest.holder_uuid
+        for guest in guests
+        if guest.holder_uuid
+        for request in guest.requests
+    }
+    home |= {region.region_id: region.holder_uuid for region in regions}
     # Regions that exist and are wanted decide; linked ones that exist come second, since a link
     # that only a file on disk says may never become real.
-    needed = {by_id[region_id].holder_uuid for region_id in own if region_id in by_id}
+    needed = {home[region_id] for region_id in own if region_id in home}
     if len(needed) > 1:
         placed = ", ".join(
             f"{region_id} with {_members(region_id, guests)}"
             for region_id in sorted(own)
-            if region_id in by_id
+            if region_id in home
         )
         raise Conflict(
             f"guest {config.name} wants regions of two share groups that already live: {placed}",
             hint="shut the guests of one group down, then start this one first: the groups join; "
-            "or name the regions in files under /etc/xen, so that they are one group from the start",
+            "or have all their files under /etc/xen, so that they are one group from the start",
             guest=config.name,
         )
     if needed:
         return needed.pop()
     linked = {
-        by_id[region_id].holder_uuid
-        for region_id in linked_regions(own, memberships)
-        if region_id in by_id
+        home[region_id] for region_id in linked_regions(own, memberships) if region_id in home
     }
     # Linked to several by files alone: any will do now; the guest that really links them is refused
     # with the reason above when it comes.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What must be done so that a guest has its regions, decided from records alone, or why it cannot be.
+"""What must be done so that a guest has its regions, decided from records alone, or why not.
 
-Pure: a configuration, the host and a snapshot in, a frozen plan out.  The engine carries plans out and
-decides nothing; whoever wants to know beforehand (``xshmctl create -N``) asks for the same plan.
+Pure: a configuration, the host and a snapshot in, a frozen plan out.  The engine carries plans out
+and decides nothing; whoever wants to know beforehand (``xshmctl create -N``) asks for the same
+plan.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from xshmd.model import GuestConfig, HostInfo, Lifetime, RegionRequest, Role
+from xshmd.model import GuestConfig, HostInfo, Lifetime, RegionRequest, Role, Snapshot
 from xshmd.policy import rules
 from xshmd.policy.grouping import choose_holder
-from xshmd.ports import Snapshot
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def plan_guest(
         ),
         new_regions=tuple(
             _new_region(request, config.name, said_elsewhere)
-            for request in config.requests
+            for request in {one.region_id: one for one in config.requests}.values()
             if request.region_id not in by_id
         ),
         requests=config.requests,
@@ -80,9 +80,7 @@ def _new_region(
     request: RegionRequest, guest_name: str, said_elsewhere: Sequence[rules.Claim]
 ) -> NewRegion:
     if request.role is Role.OWNER:
-        return NewRegion(
-            region_id=request.region_id, nr_frames=request.nr_frames, owner=guest_name
-        )
+        return NewRegion(region_id=request.region_id, nr_frames=request.nr_frames, owner=guest_name)
     # A borrower that comes before its owner: the owner's configuration says how large the region
     # is.  That there is exactly one is one of the rules.
     for claim in said_elsewhere:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one importer of the compiled modules, so that everything else works where they are absent.
 
-``stable()`` and ``xenctrl()`` return ``(ffi, lib)`` or raise :class:`XenUnavailable` with what to do.
+``stable()`` and ``xenctrl()`` return ``(ffi, lib)`` or raise :class:`XenUnavailable` with what to
+do.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an errno of a hypercall means to an admin: one table, so that it is said the same everywhere.
+"""What an errno of a hypercall means to an admin: one table, so that all say it the same.
 
 Meanings are those of Xen 4.18 to 4.22; where one errno means two things, the call decides.
 """
@@ -22,8 +22,8 @@ _HINTS: Final[dict[tuple[str, int], str]] = {
     (ANY_CALL, errno.ENOSYS): "this Xen was built without what is needed: see `xshmctl doctor`",
     # xen/common/memory.c, arch_acquire_resource_check(), xsm_map_gmfn_foreign()
     ("XENMEM_add_to_physmap_batch", errno.EPERM): (
-        "the guest has altp2m or nested HVM on, its target is not the holder, or this is an x86 Xen "
-        "older than 4.19"
+        "the guest has altp2m or nested HVM on, its target is not the holder, or this is an x86 "
+        "Xen older than 4.19"
     ),
     ("XENMEM_add_to_physmap_batch", errno.EACCES): 'PV guests cannot have regions: use type="pvh"',
     ("XENMEM_add_to_physmap_batch", errno.EINVAL): (

@@ -11,6 +11,7 @@ nothing and report success, and its bounce buffers hide entries Xen never wrote
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import uuid as uuid_module
@@ -32,11 +33,11 @@ from xshmd.xen import _ffi
 from xshmd.xen.errno_table import failure
 
 BATCH_FRAMES: Final = 16384
-"""Frames per mapping hypercall.  Cost per frame is flat from 256 on; the 16-bit count ends at 65535."""
+"""Frames per mapping hypercall: cost per frame is flat from 256 on, the count ends at 65535."""
 POPULATE_EXTENTS: Final = 1024
 """Extents per populate or decrease hypercall: keeps libxenctrl's bounce buffers small."""
 WINDOW_FRAMES: Final = 4096
-"""Frames dom0 maps at a time to zero them.  An Arm or PVH dom0 pays for each with a frame of its own."""
+"""Frames dom0 maps at a time to zero them; an Arm or PVH dom0 pays each with one of its own."""
 SHOWN_VCPU_NONE: Final = 0xFFFFFFFF
 
 
@@ -115,7 +116,7 @@ class XenHypervisor:
             code = ffi.errno
             raise XenUnavailable(
                 f"cannot open {device}: {os.strerror(code)}",
-                hint="this must be root in a Xen control domain; `xshmctl doctor` says what is missing",
+                hint="be root in a Xen control domain; `xshmctl doctor` says what is missing",
             )
         return handle
 
@@ -322,17 +323,22 @@ class XenHypervisor:
     def depopulate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> int:
         freed = 0
         for start in range(first_gfn, first_gfn + nr_frames, POPULATE_EXTENTS):
-            gfns = list(range(start, min(start + POPULATE_EXTENTS, first_gfn + nr_frames)))
-            while gfns:
-                array = self._xffi.new("xen_pfn_t[]", gfns)
-                with self._lock:
-                    rc = self._xlib.xc_domain_decrease_reservation(
-                        self._xc, self._guest_domid(domid), len(gfns), 0, array
-                    )
-                    self._check(rc, "xc_domain_decrease_reservation", domid)
-                freed += rc
-                # The call stops at the first frame that is not there: step over it.
-                gfns = gfns[rc + 1 :]
+            count = min(POPULATE_EXTENTS, first_gfn + nr_frames - start)
+            # The hypercall stops at a frame that is not there, so it is given only those that are.
+            there = self.populated_frames(domid, [Gfn(start + i) for i in range(count)])
+            if not there:
+                continue
+            array = self._xffi.new("xen_pfn_t[]", list(there))
+            with self._lock:
+                rc = self._xlib.xc_domain_decrease_reservation(
+                    self._xc, self._guest_domid(domid), len(there), 0, array
+                )
+                self._check(rc, "xc_domain_decrease_reservation", domid)
+            freed += rc
+            if rc < len(there):
+                raise failure(
+                    "xc_domain_decrease_reservation", domid, errno.EBUSY, first_gfn=there[rc]
+                )
         return freed
 
     def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
@@ -340,13 +346,14 @@ class XenHypervisor:
             count = min(WINDOW_FRAMES, first_gfn + nr_frames - start)
             with self.map_pages(domid, Gfn(start), count, writable=True) as window:
                 window.fill(0)
-        # dom0 writes through its cache; a guest that has its own off would read what was there
-        # before (XEN_DOMCTL_cacheflush; nothing to do on x86, where it is refused or a no-op).
-        with self._lock:
-            rc = self._xlib.xc_domain_cacheflush(
-                self._xc, self._guest_domid(domid), first_gfn, nr_frames
-            )
-            self._check(rc, "xc_domain_cacheflush", domid)
+            # dom0 writes through its cache; a guest that has its own off would read what was there
+            # before.  XEN_DOMCTL_cacheflush takes 1 GiB at the most on Arm (xen/arch/arm/domctl.c),
+            # and does nothing on x86, where caches are coherent with everything a guest can do.
+            with self._lock:
+                rc = self._xlib.xc_domain_cacheflush(
+                    self._xc, self._guest_domid(domid), start, count
+                )
+                self._check(rc, "xc_domain_cacheflush", domid)
 
     def map_pages(
         self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
@@ -384,7 +391,7 @@ class XenHypervisor:
         for start in range(0, nr_frames, BATCH_FRAMES):
             count = min(BATCH_FRAMES, nr_frames - start)
             with self._lock:
-                rc = self._lib.xshm_batch_map(
+                whole = rc = self._lib.xshm_batch_map(
                     self._call, self._buffer, BATCH_FRAMES, guest, holder,
                     first_gfn + start, holder_gfn + start, count, done, bad, error,
                 )  # fmt: skip
@@ -403,8 +410,8 @@ class XenHypervisor:
             if start:
                 self.unmap(guest, first_gfn, start)
             cause = failure("XENMEM_add_to_physmap_batch", guest, code, holder=holder)
-            if isinstance(cause, DomainGone):
-                raise cause
+            if whole and isinstance(cause, DomainGone):
+                raise cause  # of an entry, ESRCH speaks of the holder
             at = first_gfn + start + (bad[0] if rc == 0 else 0)
             raise PartialMap(
                 f"Xen refused to map the holder's frame {holder_gfn + at - first_gfn:#x} at frame "

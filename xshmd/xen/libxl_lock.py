@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes plain ``xl create`` wait for us, with a lock libxl itself takes before a guest may run.
 
-Before it reports success and unpauses, libxl stores the domain's configuration under the lock file
-``userdata-l.<domid>.<uuid>.domain-userdata-lock`` (tools/libs/light/libxl_create.c,
-``domcreate_complete``; libxl_internal.c, ``libxl__lock_domain_userdata``).  While we hold it xl waits,
-and if the domain is gone when it gets it, ``xl create`` fails.  Destroying, saving and hotplug take it
-too, so it is held for no longer than the regions take.
+Before it reports success and unpauses, libxl stores the domain's configuration under the lock
+file ``userdata-l.<domid>.<uuid>.domain-userdata-lock`` (tools/libs/light/libxl_create.c,
+``domcreate_complete``; libxl_internal.c, ``libxl__lock_domain_userdata``).  While we hold it xl
+waits, and if the domain is gone when it gets it, ``xl create`` fails.  Destroying, saving and
+hotplug take it too, so it is held for no longer than the regions take.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 import trio
 
-from xshmd.errors import StoreError, StoreLost, TimedOut, XenUnavailable, XshmError
+from xshmd.errors import StoreError, StoreLost, StoreTimedOut, XenUnavailable, XshmError
 from xshmd.ports import StoreTransaction, WatchEvent
 from xshmd.units import DomId
 from xshmd.xen import store_wire as wire
@@ -340,7 +340,7 @@ class _Session:
                 raise
             if listing is not None:
                 return wire.split_strings(listing)
-        raise TimedOut(
+        raise StoreTimedOut(
             f"{path} changed {MAX_LISTINGS} times while it was being listed",
             hint="something creates or removes nodes there without pause",
             path=path,
@@ -541,8 +541,8 @@ class XenStore(_Session):
             raise self._timed_out(reply)
         return reply.result()
 
-    def _timed_out(self, reply: _Reply) -> TimedOut:
-        return TimedOut(
+    def _timed_out(self, reply: _Reply) -> StoreTimedOut:
+        return StoreTimedOut(
             f"xenstored did not answer {reply.what} within {self._deadline_s:g} s",
             hint="it is stopped, overloaded or waiting for a live update",
             path=reply.path,
@@ -643,7 +643,7 @@ class XenStore(_Session):
                 await self._abort(transaction)
                 raise
             first_path = transaction.first_path
-        raise TimedOut(
+        raise StoreTimedOut(
             f"a transaction on {first_path} conflicted {MAX_COMMITS} times",
             hint="something else writes the same xenstore nodes without pause",
             path=first_path,
@@ -667,7 +667,8 @@ class XenStore(_Session):
         """End it without effect; return False only if it turns out not to have existed any more."""
         if not transaction.open:
             return True
-        with trio.move_on_after(CLEANUP_S, shield=True):
+        with trio.move_on_after(CLEANUP_S) as scope:
+            scope.shield = True
             try:
                 return await transaction.end(commit=False)
             except XshmError as exc:
@@ -708,7 +709,8 @@ class XenStore(_Session):
         link = watcher.set_on
         if link is None or link.broken.is_set():
             return
-        with trio.move_on_after(CLEANUP_S, shield=True):
+        with trio.move_on_after(CLEANUP_S) as scope:
+            scope.shield = True
             try:
                 await self.request(Op.UNWATCH, watcher.path, request, link=link)
             except XshmError as exc:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Scratch domains for a case, and the proof that it left nothing behind.
+
+Only the port is used, so that it is the same on the model and on real Xen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+import uuid as uuid_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from xshmd.errors import DomainGone, HypercallFailed, XshmError
+from xshmd.model import Arch, DomainInfo
+from xshmd.ports import Hypervisor
+from xshmd.units import DomId, Gfn, bytes_of
+
+HOLDER_GFN = Gfn(0x40000)
+"""Where the cases put a holder's pages: 1 GiB, 2 MiB aligned."""
+GUEST_GFN = Gfn(0x80000)
+"""Where the cases map them."""
+SETTLE_S = 5.0
+"""How long Xen may take to finish a domain off (RCU, and its idle loop)."""
+ENOUGH_POOL_FRAMES = 512
+
+
+class Wrong(AssertionError):
+    """Xen, or the model, is not what the case says."""
+
+
+def expect(condition: bool, what: str) -> None:
+    """Fail the case unless ``condition``; works under ``python -O``, and needs no pytest."""
+    if not condition:
+        raise Wrong(what)
+
+
+def equal(found: object, wanted: object, what: str) -> None:
+    """Fail the case unless the two are equal."""
+    expect(found == wanted, f"{what}: {found!r} instead of {wanted!r}")
+
+
+@dataclasses.dataclass(slots=True)
+class Caught:
+    """What a block raised."""
+
+    error: XshmError | None = None
+
+    @property
+    def errno(self) -> int:
+        return self.error.errno if isinstance(self.error, HypercallFailed) else 0
+
+
+@contextmanager
+def raises(kind: type[XshmError], code: int | tuple[int, ...] = ()) -> Iterator[Caught]:
+    """Fail the case unless the block raises this error, with one of these errnos."""
+    caught = Caught()
+    try:
+        yield caught
+    except kind as error:
+        caught.error = error
+    except XshmError as error:
+        raise Wrong(f"{type(error).__name__} ({error}) instead of {kind.__name__}") from error
+    else:
+        raise Wrong(f"no error instead of {kind.__name__}")
+    codes = (code,) if isinstance(code, int) else code
+    if codes:
+        names = " or ".join(errno.errorcode[one] for one in codes)
+        expect(
+            caught.errno in codes,
+            f"{kind.__name__} with {errno.errorcode.get(caught.errno, caught.errno)}, not {names}",
+        )
+
+
+class ContractHost:
+    """Makes scratch domains, and destroys them when left."""
+
+    def __init__(self, xen: Hypervisor) -> None:
+        self.xen = xen
+        host = xen.host_info()
+        self.arch: Arch = host.arch
+        self.version = host.xen_version
+        self._made: list[DomId] = []
+
+    def __enter__(self) -> ContractHost:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for domid in reversed(self._made):
+            self.destroy(domid)
+        self.wait(lambda: not self._left(), "domains left behind")
+
+    def _left(self) -> set[DomId]:
+        return {info.domid for info in self.xen.domains()} & set(self._made)
+
+    # -- making ---------------------------------------------------------------------------------
+
+    def fresh_uuid(self) -> str:
+        return str(uuid_module.uuid4())
+
+    def bare(self, uuid: str = "") -> DomId:
+        """Return a domain as the recipe makes it: no memory, nothing added."""
+        domid = self.xen.create_holder_domain(uuid or self.fresh_uuid())
+        self._made.append(domid)
+        return domid
+
+    def domain(self, pool_frames: int = ENOUGH_POOL_FRAMES) -> DomId:
+        """Return a domain with a paging pool of this size and no memory."""
+        domid = self.bare()
+        self.xen.set_paging_pool_bytes(domid, bytes_of(pool_frames))
+        return domid
+
+    def holder(self, nr_frames: int = 4, *, pool_frames: int = ENOUGH_POOL_FRAMES) -> DomId:
+        """Return a domain with zeroed pages at ``HOLDER_GFN``, and no right to more."""
+        domid = self.domain(pool_frames)
+        self.xen.set_max_pages(domid, nr_frames)
+        self.xen.populate(domid, HOLDER_GFN, nr_frames)
+        self.xen.zero(domid, HOLDER_GFN, nr_frames)
+        self.xen.set_max_pages(domid, 0)
+        return domid
+
+    def pair(self, nr_frames: int = 4) -> tuple[DomId, DomId]:
+        """Return a holder with pages and a guest whose target it is."""
+        holder, guest = self.holder(nr_frames), self.domain()
+        self.xen.set_target(guest, holder)
+        return holder, guest
+
+    def mapped(self, nr_frames: int = 4) -> tuple[DomId, DomId]:
+        """Return a pair with all of the holder's pages mapped at ``GUEST_GFN``."""
+        holder, guest = self.pair(nr_frames)
+        self.xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, nr_frames)
+        return holder, guest
+
+    def destroy(self, domid: DomId) -> None:
+        """Destroy a scratch domain if it is still there."""
+        with suppress(DomainGone):
+            self.xen.destroy(domid)
+
+    def unused_domid(self) -> DomId:
+        """Return a domid that nothing has."""
+        domid = self.bare()
+        self.destroy(domid)
+        self.wait(lambda: self.xen.domain_info(domid) is None, "the domain to be gone")
+        return domid
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for Xen to come to something; the model is there at once."""
+        deadline = time.monotonic() + SETTLE_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Wrong(f"timed out after {SETTLE_S:g} s: {what}")
+            time.sleep(0.02)
+
+    def info(self, domid: DomId) -> DomainInfo:
+        found = self.xen.domain_info(domid)
+        if found is None:
+            raise Wrong(f"domain {domid} is gone")
+        return found
+
+    def gone(self, domid: DomId) -> None:
+        """Fail unless the domain goes away completely."""
+        self.wait(lambda: self.xen.domain_info(domid) is None, f"domain {domid} to go")
+
+    def tot_pages(self, domid: DomId) -> int:
+        return self.info(domid).tot_pages
+
+    def free_pages(self) -> int:
+        return self.xen.host_info().free_pages
+
+    def read(self, domid: DomId, gfn: int, nr_bytes: int, offset_bytes: int = 0) -> bytes:
+        mapping = self.xen.map_pages(domid, Gfn(gfn), 1, writable=False)
+        try:
+            return mapping.read(offset_bytes, nr_bytes)
+        finally:
+            mapping.close()
+
+    def write(self, domid: DomId, gfn: int, data: bytes, offset_bytes: int = 0) -> None:
+        mapping = self.xen.map_pages(domid, Gfn(gfn), 1, writable=True)
+        try:
+            mapping.write(offset_bytes, data)
+        finally:
+            mapping.close()
+
+    @contextmanager
+    def page_exact(self) -> Iterator[None]:
+        """Fail unless free memory comes back to what it was, to the page."""
+        before = self.free_pages()
+        yield
+        self.wait(
+            lambda: self.free_pages() == before,
+            f"free pages to be {before} again, now {self.free_pages()}",
+        )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs the cases in dom0, on the Xen that is there: ``python3 -m tests.contract.on_xen [NAME...]``.
+
+Needs nothing but xshmd and the standard library.  Leaves no domain behind.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from xshmd.errors import XshmError
+from xshmd.xen.hypervisor import XenHypervisor
+
+from .cases import CASES
+from .host import ContractHost, Wrong
+
+SLOW_S = 2.0
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the cases, all or those named; return the exit status."""
+    chosen = [(name, case) for name, case in CASES if not names or name in names]
+    unknown = set(names) - {name for name, _ in CASES}
+    if unknown:
+        print(f"no such case: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    passed = failed = 0
+    with XenHypervisor() as xen:
+        domains_before = {info.domid for info in xen.domains()}
+        # dom0 may need pages of its own to map others', and keeps them: let it have them first.
+        with ContractHost(xen) as make:
+            make.holder(4096)
+        free_before = xen.host_info().free_pages
+        for name, case in chosen:
+            began = time.monotonic()
+            try:
+                with ContractHost(xen) as make:
+                    case(xen, make)
+            except (Wrong, XshmError, ValueError, AssertionError) as reason:
+                failed += 1
+                where = traceback.extract_tb(reason.__traceback__)
+                lines = [str(f.lineno) for f in where if f.filename.endswith("cases.py")]
+                print(f"FAIL {name}: {type(reason).__name__}: {reason} (line {lines[-1:]})")
+            else:
+                passed += 1
+                took = time.monotonic() - began
+                if took > SLOW_S:
+                    print(f"slow {name}: {took:.1f} s")
+            sys.stdout.flush()
+        left = {info.domid for info in xen.domains()} - domains_before
+        if left:
+            failed += 1
+            print(f"FAIL domains left behind: {sorted(left)}")
+        print(f"free pages: {free_before} before, {xen.host_info().free_pages} after")
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

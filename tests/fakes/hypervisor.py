@@ -1,0 +1,803 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A model of Xen's control interface: owned pages, references, p2m, pools, pauses, zombies.
+
+It implements :class:`xshmd.ports.Hypervisor` and is held to real Xen by ``tests/contract``, which
+runs unchanged on both; where they differ this file is wrong.  Each rule names the file of Xen 4.20
+it is taken from.  Not modelled: TLBs and cache attributes, IOMMU, PoD, preemption, concurrency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from xshmd.errors import OutOfMemory, PartialMap, XshmError
+from xshmd.model import Arch, DomainInfo, HostInfo
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    PAGE_SIZE,
+    SUPERPAGE_FRAMES,
+    SUPERPAGE_ORDER,
+    DomId,
+    Gfn,
+    bytes_of,
+)
+from xshmd.xen.errno_table import failure
+
+ZERO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+PAUSE_LIMIT: Final = 255
+"""common/domain.c _domain_pause_by_systemcontroller()"""
+TABLE_SHIFTS: Final = (27, 18, 9)
+"""One p2m table a level below the root, by how many frames it maps (as a power of two)."""
+DOMAIN_OVERHEAD_PAGES: Final = 24
+"""struct domain, vcpu, shared_info, grant table: given back by complete_domain_destroy()."""
+GARBAGE: Final = 0xA5
+"""What a fresh page is full of: page_alloc.c scrubs only what dying domains leave behind."""
+X86_FIRST_POOL_PAGES: Final = 256
+"""arch/x86/mm/hap/hap.c hap_enable()"""
+ARM_FIRST_POOL_PAGES: Final = {(4, 17): 16}
+"""arch/arm/p2m.c; none since 4.18."""
+CACHEFLUSH_LIMIT: Final = 1 << 18
+"""arch/arm/domctl.c XEN_DOMCTL_cacheflush: at most 1 << MAX_ORDER frames a call."""
+PV_DOM0_UNMAPPABLE: Final = errno.EINVAL
+CONTROL_DOMAIN: Final = DomId(0)
+
+
+class ModelViolation(AssertionError):
+    """The model, or who uses it, broke a rule that Xen itself can never break."""
+
+
+class Page:
+    """One machine page: common/page_alloc.c, asm/mm.h struct page_info."""
+
+    __slots__ = ("allocated", "data", "owner", "references", "touched")
+
+    def __init__(self, owner: Domain) -> None:
+        self.owner = owner
+        self.allocated = True
+        """PGC_allocated: the reference the owner itself has."""
+        self.references = 0
+        """Those of others: foreign p2m entries, and mappings of the control domain."""
+        self.data: bytearray | int = GARBAGE
+        """Contents, or the byte it is full of."""
+        self.touched = False
+        """Something meant to be there was written and never wiped."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        if isinstance(self.data, int):
+            return bytes([self.data]) * count
+        return bytes(self.data[offset : offset + count])
+
+    def write(self, offset: int, data: bytes) -> None:
+        if isinstance(self.data, int):
+            self.data = bytearray([self.data]) * PAGE_SIZE
+        self.data[offset : offset + len(data)] = data
+        self.touched = self.touched or any(data)
+
+    def wipe(self) -> None:
+        self.data, self.touched = 0, False
+
+
+@dataclasses.dataclass(slots=True)
+class Entry:
+    """A leaf of a p2m."""
+
+    page: Page
+    foreign: bool
+    """p2m_map_foreign rather than p2m_ram_rw."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Domain:
+    """common/domain.c struct domain, as far as it matters here."""
+
+    domid: DomId
+    uuid: str
+    hvm: bool = True
+    hap: bool = True
+    max_pages: int = 0
+    max_vcpu_id: int = 0
+    pages: set[Page] = dataclasses.field(default_factory=set)
+    """tot_pages is their number: a page counts until its last reference is gone."""
+    p2m: dict[int, Entry] = dataclasses.field(default_factory=dict)
+    superpages: set[int] = dataclasses.field(default_factory=set)
+    """2 MiB frames that are one entry yet, and have no leaf table."""
+    tables: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    pool_pages: int = 0
+    """The paging pool's size, tables in use included."""
+    pauses: int = 1
+    creation_finished: bool = False
+    shutdown_reason: int | None = None
+    dying: bool = False
+    """DOMDYING_dead: relinquished, and on the list for as long as anything refers to it."""
+    target: Domain | None = None
+    targeted_by: int = 0
+    cpu_time_ns: int = 0
+    altp2m: bool = False
+    overhead_pages: int = DOMAIN_OVERHEAD_PAGES
+
+    @property
+    def running(self) -> bool:
+        return self.pauses == 0 and self.shutdown_reason is None and not self.dying
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the port, before or after it was done."""
+
+    kind: str
+    ordinal: int
+    """1 for the first call of this kind."""
+    arguments: tuple[object, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Fault:
+    """The n-th call of a kind from now on fails, without being done."""
+
+    kind: str
+    nth: int
+    error: int | Exception
+    sticky: bool = False
+
+
+READ_ONLY: Final = frozenset(
+    {"host_info", "domain_info", "domains", "paging_pool_bytes", "populated_frames", "map_pages"}
+)
+"""Calls after which the world is as it was."""
+
+
+class SimulatedMap:
+    """A mapping in the control domain: a reference on each page until it is closed."""
+
+    def __init__(self, xen: SimulatedXen, pages: Sequence[Page], *, writable: bool) -> None:
+        self._xen, self._pages, self._writable = xen, tuple(pages), writable
+        for page in self._pages:
+            page.references += 1
+
+    def _pieces(self, offset_bytes: int, nr_bytes: int) -> Iterator[tuple[Page, int, int]]:
+        if not self._pages:
+            raise ValueError("the mapping is closed")
+        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(len(self._pages)):
+            raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the mapping")
+        while nr_bytes:
+            index, inside = divmod(offset_bytes, PAGE_SIZE)
+            count = min(nr_bytes, PAGE_SIZE - inside)
+            yield self._pages[index], inside, count
+            offset_bytes, nr_bytes = offset_bytes + count, nr_bytes - count
+
+    def read(self, offset_bytes: int, nr_bytes: int) -> bytes:
+        return b"".join(
+            page.read(inside, count) for page, inside, count in self._pieces(offset_bytes, nr_bytes)
+        )
+
+    def write(self, offset_bytes: int, data: bytes) -> None:
+        pieces = list(self._pieces(offset_bytes, len(data)))
+        if not self._writable:
+            raise ModelViolation("SIGSEGV: a write through a read-only mapping")
+        at = 0
+        for page, inside, count in pieces:
+            page.write(inside, data[at : at + count])
+            at += count
+
+    def close(self) -> None:
+        pages, self._pages = self._pages, ()
+        if pages:
+            self._xen.drop_map(self, pages)
+
+
+class SimulatedXen:
+    """The model.  Calls are serialised, as Xen's own are by the domctl lock.
+
+    Args:
+        arch: Whose rules hold; x86 has a PV dom0.
+        version: Which Xen's.
+        total_pages: The machine's memory.
+        dom0_pages: How much of it is dom0's.
+    """
+
+    def __init__(
+        self,
+        arch: Arch = Arch.X86_64,
+        *,
+        version: tuple[int, int] = (4, 20),
+        total_pages: int = 1 << 20,
+        dom0_pages: int = 1 << 18,
+        gpaddr_bits: int | None = None,
+    ) -> None:
+        self.arch = arch
+        self.version = version
+        self.total_pages = total_pages
+        self.free_pages = total_pages - dom0_pages
+        self.gpaddr_bits = gpaddr_bits or (48 if arch is Arch.X86_64 else 40)
+        self.next_domid = 1
+        """Where the search for a free domid begins: set it to have one used again."""
+        self.faults: list[Fault] = []
+        self.before: Callable[[Call], None] = lambda call: None
+        self.after: Callable[[Call], None] = lambda call: None
+        self.on_domain_exception: Callable[[DomId], None] = lambda domid: None
+        """VIRQ_DOM_EXC, which xenstored listens to: a domain has shut down or is destroyed."""
+        self.on_run: Callable[[DomId], None] = lambda domid: None
+        """A domain's vCPUs begin to run."""
+        self.counts: dict[str, int] = {}
+        self.log: list[Call] = []
+        self.unwiped_frees = 0
+        """Pages given back to the heap by a living domain with something in them."""
+        self.leaked_references = 0
+        """Arm: foreign pages added twice at one frame, which nothing ever gives back."""
+        self.crashed: list[DomId] = []
+        self._maps: set[SimulatedMap] = set()
+        self._lock = threading.RLock()
+        self.by_domid: dict[DomId, Domain] = {}
+        dom0 = Domain(
+            domid=CONTROL_DOMAIN, uuid=ZERO_UUID, hvm=arch is Arch.ARM64, hap=arch is Arch.ARM64,
+            max_pages=dom0_pages, pauses=0, creation_finished=True, cpu_time_ns=10**9,
+            overhead_pages=dom0_pages,
+        )  # fmt: skip
+        self.by_domid[CONTROL_DOMAIN] = dom0
+        self.check()
+
+    # -- plumbing -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self, kind: str, *arguments: object) -> Iterator[None]:
+        with self._lock:
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            call = Call(kind, self.counts[kind], arguments)
+            self.before(call)
+            self.log.append(call)
+            self._inject(kind, arguments)
+            try:
+                yield
+            finally:
+                self._check_conservation()
+            self.after(call)
+
+    def _inject(self, kind: str, arguments: tuple[object, ...]) -> None:
+        for fault in tuple(self.faults):
+            if fault.kind != kind:
+                continue
+            fault.nth -= 1
+            if fault.nth > 0:
+                continue
+            if not fault.sticky:
+                self.faults.remove(fault)
+            if isinstance(fault.error, Exception):
+                raise fault.error
+            domid = arguments[0] if arguments and isinstance(arguments[0], int) else None
+            raise failure(kind, DomId(domid) if domid is not None else None, fault.error)
+
+    def fail(
+        self, kind: str, error: int | Exception, *, nth: int = 1, sticky: bool = False
+    ) -> None:
+        """Let the n-th call of this kind from now on fail with an errno or exception."""
+        self.faults.append(Fault(kind, nth, error, sticky))
+
+    def _domain(self, domid: DomId, call: str) -> Domain:
+        if not 0 <= domid < DOMID_FIRST_RESERVED:
+            raise ValueError(f"{domid} is not the domid of a domain")
+        domain = self.by_domid.get(domid)
+        if domain is None:
+            raise failure(call, domid, errno.ESRCH)
+        return domain
+
+    def _check_conservation(self) -> None:
+        owned = sum(
+            len(domain.pages) + domain.pool_pages + domain.overhead_pages
+            for domain in self.by_domid.values()
+        )
+        if owned + self.free_pages != self.total_pages or self.free_pages < 0:
+            raise ModelViolation(
+                f"{owned} pages owned and {self.free_pages} free are not {self.total_pages}"
+            )
+
+    def check(self) -> None:
+        """Check everything about references: slow, for the end of a test."""
+        with self._lock:
+            self._check_conservation()
+            seen: dict[Page, int] = {}
+            for domain in self.by_domid.values():
+                for entry in domain.p2m.values():
+                    if entry.foreign:
+                        seen[entry.page] = seen.get(entry.page, 0) + 1
+                    elif entry.page.owner is not domain:
+                        raise ModelViolation("RAM of a domain that another owns")
+            for mapping in self._maps:
+                for page in mapping._pages:
+                    seen[page] = seen.get(page, 0) + 1
+            lost = 0
+            for domain in self.by_domid.values():
+                for page in domain.pages:
+                    lost += page.references - seen.pop(page, 0)
+                    if not page.allocated and not page.references:
+                        raise ModelViolation("a page that nobody refers to is not free")
+            if seen or lost != self.leaked_references:
+                raise ModelViolation(f"{lost} references lost, {len(seen)} to pages not owned")
+
+    # -- pages ----------------------------------------------------------------------------------
+
+    def _put(self, page: Page) -> None:
+        """asm/mm.c put_page(): the last one frees."""
+        if page.references <= 0:
+            raise ModelViolation("a reference put that was never taken")
+        page.references -= 1
+        self._free_if_unused(page)
+
+    def _free_if_unused(self, page: Page) -> None:
+        if page.references or page.allocated:
+            return
+        owner = page.owner
+        owner.pages.remove(page)
+        self.free_pages += 1
+        if not owner.dying and page.touched:
+            # page_alloc.c free_domheap_pages(): scrubbed only if its owner is dying.
+            self.unwiped_frees += 1
+        self._complete_if_unused(owner)
+
+    def _give_up(self, page: Page) -> None:
+        """put_page_alloc_ref()"""
+        if page.allocated:
+            page.allocated = False
+            self._free_if_unused(page)
+
+    def drop_map(self, mapping: SimulatedMap, pages: Sequence[Page]) -> None:
+        """Undo a mapping of the control domain."""
+        with self._lock:
+            self._maps.discard(mapping)
+            for page in pages:
+                self._put(page)
+            self._check_conservation()
+
+    def close_maps(self) -> None:
+        """What the kernel does to a process that dies."""
+        for mapping in tuple(self._maps):
+            mapping.close()
+
+    # -- p2m ------------------------------------------------------------------------------------
+
+    def _table(self, domain: Domain, shift: int, gfn: int) -> bool:
+        """Have a table for this frame; False if the pool is exhausted (hap_alloc_p2m_page)."""
+        key = (shift, gfn >> shift)
+        if key in domain.tables:
+            return True
+        if len(domain.tables) >= domain.pool_pages:
+            return False
+        domain.tables.add(key)
+        return True
+
+    def _tables(self, domain: Domain, gfn: int, *, leaf: bool) -> bool:
+        wanted = TABLE_SHIFTS if leaf else TABLE_SHIFTS[:-1]
+        if not all(self._table(domain, shift, gfn) for shift in wanted):
+            return False
+        if leaf:
+            domain.superpages.discard(gfn >> SUPERPAGE_ORDER)
+        return True
+
+    def _remove_entry(self, domain: Domain, gfn: int) -> int:
+        """Unhook one frame; returns 0 or an errno.  A superpage is split, which takes a table."""
+        if gfn not in domain.p2m:
+            return errno.ENOENT
+        if not self._tables(domain, gfn, leaf=True):
+            return errno.ENOMEM
+        entry = domain.p2m.pop(gfn)
+        if entry.foreign:
+            self._put(entry.page)  # arch/x86/mm/p2m.c p2m_entry_modify(), arm p2m_put_l3_page()
+        return 0
+
+    def _guest_remove_page(self, domain: Domain, gfn: int) -> int:
+        """common/memory.c guest_remove_page(): 0 or an errno."""
+        entry = domain.p2m.get(gfn)
+        if entry is None:
+            return errno.ENOENT
+        if entry.page.owner is not domain:
+            return errno.ENXIO  # get_page(page, d) fails: "Bad page free"
+        code = self._remove_entry(domain, gfn)
+        if not code:
+            self._give_up(entry.page)
+        return code
+
+    def _complete_if_unused(self, domain: Domain) -> None:
+        """common/domain.c domain_destroy(), complete_domain_destroy(): the last reference."""
+        if not domain.dying or domain.pages or domain.targeted_by:
+            return
+        if self.by_domid.pop(domain.domid, None) is None:
+            return
+        self.free_pages += domain.overhead_pages
+        domain.overhead_pages = 0
+        if domain.target is not None:
+            domain.target.targeted_by -= 1
+            self._complete_if_unused(domain.target)
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    def host_info(self) -> HostInfo:
+        with self._call("host_info"):
+            return HostInfo(
+                arch=self.arch, xen_version=self.version, xen_extra=".4", xen_command_line="",
+                has_hvm=True, has_hap=True,
+                free_pages=self.free_pages, total_pages=self.total_pages,
+            )  # fmt: skip
+
+    def _info(self, domain: Domain) -> DomainInfo:
+        """common/domctl.c getdomaininfo()"""
+        return DomainInfo(
+            domid=domain.domid, uuid=domain.uuid, hvm=domain.hvm, hap=domain.hap,
+            paused=domain.pauses > 0, shut_down=domain.shutdown_reason is not None,
+            # SHUTDOWN_CODE_INVALID (~0) through an 8-bit field
+            shutdown_reason=0xFF if domain.shutdown_reason is None else domain.shutdown_reason,
+            dying=domain.dying, tot_pages=len(domain.pages), max_pages=domain.max_pages,
+            max_vcpu_id=domain.max_vcpu_id, nr_online_vcpus=0 if domain.hvm and domain.domid else 1,
+            cpu_time_ns=domain.cpu_time_ns, gpaddr_bits=self.gpaddr_bits,
+        )  # fmt: skip
+
+    def domain_info(self, domid: DomId) -> DomainInfo | None:
+        with self._call("domain_info", domid):
+            if not 0 <= domid < DOMID_FIRST_RESERVED:
+                raise ValueError(f"{domid} is not the domid of a domain")
+            domain = self.by_domid.get(domid)
+            return self._info(domain) if domain else None
+
+    def domains(self) -> tuple[DomainInfo, ...]:
+        with self._call("domains"):
+            return tuple(self._info(self.by_domid[domid]) for domid in sorted(self.by_domid))
+
+    # -- domains --------------------------------------------------------------------------------
+
+    def _free_domid(self) -> DomId:
+        """common/domctl.c XEN_DOMCTL_createdomain: the rover."""
+        for step in range(DOMID_FIRST_RESERVED):
+            domid = DomId((self.next_domid + step) % DOMID_FIRST_RESERVED)
+            if domid != CONTROL_DOMAIN and domid not in self.by_domid:
+                self.next_domid = domid + 1
+                return domid
+        raise failure("xc_domain_create", None, errno.ENOMEM)
+
+    def make_domain(self, uuid: str, *, hvm: bool = True, hap: bool = True) -> Domain:
+        """XEN_DOMCTL_createdomain, as a toolstack does it: paused once, and without memory."""
+        with self._lock:
+            pool = (
+                X86_FIRST_POOL_PAGES
+                if self.arch is Arch.X86_64
+                else ARM_FIRST_POOL_PAGES.get(self.version, 0)
+            )
+            if self.free_pages < pool + DOMAIN_OVERHEAD_PAGES:
+                raise failure("xc_domain_create", None, errno.ENOMEM)
+            domain = Domain(domid=self._free_domid(), uuid=uuid, hvm=hvm, hap=hap, pool_pages=pool)
+            self.free_pages -= pool + DOMAIN_OVERHEAD_PAGES
+            self.by_domid[domain.domid] = domain
+            self._check_conservation()
+            return domain
+
+    def create_holder_domain(self, uuid: str) -> DomId:
+        with self._call("create_holder_domain", uuid):
+            return self.make_domain(uuid).domid
+
+    def destroy(self, domid: DomId) -> None:
+        with self._call("destroy", domid):
+            domain = self._domain(domid, "xc_domain_destroy")
+            if domid == CONTROL_DOMAIN:
+                raise failure("xc_domain_destroy", domid, errno.EINVAL)
+            self._kill(domain)
+
+    def _kill(self, domain: Domain) -> None:
+        """common/domain.c domain_kill(); arch domain_relinquish_resources()"""
+        if domain.dying:
+            return
+        domain.dying = True
+        entries, domain.p2m = domain.p2m, {}
+        for entry in entries.values():
+            if entry.foreign:
+                self._put(entry.page)  # relinquish_p2m_mapping(): foreign references first
+        for page in tuple(domain.pages):
+            self._give_up(page)
+        self.free_pages += domain.pool_pages
+        domain.pool_pages = 0
+        domain.tables.clear()
+        domain.superpages.clear()
+        self._complete_if_unused(domain)
+        self.on_domain_exception(domain.domid)
+
+    def pause(self, domid: DomId) -> None:
+        with self._call("pause", domid):
+            domain = self._domain(domid, "xc_domain_pause")
+            if domid == CONTROL_DOMAIN:
+                raise failure("xc_domain_pause", domid, errno.EINVAL)
+            if domain.pauses >= PAUSE_LIMIT:
+                raise failure("xc_domain_pause", domid, errno.EOVERFLOW)
+            domain.pauses += 1
+
+    def unpause(self, domid: DomId) -> None:
+        with self._call("unpause", domid):
+            domain = self._domain(domid, "xc_domain_unpause")
+            if domain.pauses == 0:
+                raise failure("xc_domain_unpause", domid, errno.EINVAL)
+            domain.pauses -= 1
+            if domain.pauses == 0:
+                domain.creation_finished = True
+                if domain.running:
+                    domain.cpu_time_ns += 1000
+                    self.on_run(domid)
+
+    def shut_down(self, domid: DomId, reason: int) -> None:
+        with self._call("shut_down", domid, reason):
+            domain = self._domain(domid, "xc_domain_shutdown")
+            if domain.shutdown_reason is None:  # domain_shutdown(): the first one counts
+                domain.shutdown_reason = reason
+                self.on_domain_exception(domid)
+
+    def set_target(self, domid: DomId, target: DomId) -> None:
+        """common/domctl.c XEN_DOMCTL_set_target: once, and the reference stays to the end."""
+        with self._call("set_target", domid, target):
+            domain = self._domain(domid, "xc_domain_set_target")
+            if self.by_domid.get(target) is None:
+                raise failure("xc_domain_set_target", domid, errno.ESRCH)
+            wanted = self.by_domid[target]
+            if domain is wanted:
+                raise failure("xc_domain_set_target", domid, errno.EINVAL)
+            if not wanted.hvm:
+                raise failure("xc_domain_set_target", domid, errno.EOPNOTSUPP)
+            if domain.target is not None:
+                raise failure("xc_domain_set_target", domid, errno.EINVAL)
+            domain.target = wanted
+            wanted.targeted_by += 1
+
+    def set_max_pages(self, domid: DomId, nr_pages: int) -> None:
+        with self._call("set_max_pages", domid, nr_pages):
+            self._domain(domid, "xc_domain_setmaxmem").max_pages = nr_pages
+
+    def paging_pool_bytes(self, domid: DomId) -> int:
+        with self._call("paging_pool_bytes", domid):
+            return bytes_of(self._translated(domid, "xc_get_paging_mempool_size").pool_pages)
+
+    def _translated(self, domid: DomId, call: str) -> Domain:
+        domain = self._domain(domid, call)
+        if not domain.hvm:  # arch/x86/mm/paging.c: "TODO: Relax in due course"
+            raise failure(call, domid, errno.EOPNOTSUPP)
+        return domain
+
+    def set_paging_pool_bytes(self, domid: DomId, size_bytes: int) -> None:
+        """hap_set_allocation(), p2m_set_allocation(): stops where it cannot go on."""
+        call = "xc_set_paging_mempool_size"
+        with self._call("set_paging_pool_bytes", domid, size_bytes):
+            domain = self._translated(domid, call)
+            if size_bytes % PAGE_SIZE:
+                raise failure(call, domid, errno.EINVAL)
+            wanted = size_bytes // PAGE_SIZE
+            in_use = len(domain.tables)
+            # x86 takes what the p2m has out of the sum first, and so shrinks to it and is content.
+            fits = wanted >= in_use or self.arch is Arch.X86_64
+            reached = max(wanted, in_use)
+            reached = min(reached, max(domain.pool_pages, 0) + self.free_pages)
+            self.free_pages -= reached - domain.pool_pages
+            domain.pool_pages = reached
+            if reached < wanted or not fits:
+                raise failure(call, domid, errno.ENOMEM)
+
+    # -- a domain's own pages -------------------------------------------------------------------
+
+    def _populate_extent(self, domain: Domain, gfn: int, order: int) -> bool:
+        """common/memory.c populate_physmap(), one extent."""
+        count = 1 << order
+        if domain.dying or len(domain.pages) + count > domain.max_pages:
+            return False  # page_alloc.c assign_pages()
+        if self.free_pages < count:
+            return False
+        pages = [Page(domain) for _ in range(count)]
+        domain.pages.update(pages)
+        self.free_pages -= count
+        if not self._tables(domain, gfn, leaf=not order):
+            return False  # guest_physmap_add_page() fails: they stay its own, and are nowhere
+        for offset, page in enumerate(pages):
+            old = domain.p2m.get(gfn + offset)
+            if old is not None and old.foreign and self.arch is Arch.X86_64:
+                self._crash(domain)  # p2m_add_page(): p2m_is_special
+                return False
+            if old is not None and old.foreign:
+                self._put(old.page)
+            domain.p2m[gfn + offset] = Entry(page, foreign=False)
+        if order:
+            domain.superpages.add(gfn >> SUPERPAGE_ORDER)
+            domain.tables.discard((SUPERPAGE_ORDER, gfn >> SUPERPAGE_ORDER))
+        return True
+
+    def _crash(self, domain: Domain) -> None:
+        self.crashed.append(domain.domid)
+        domain.shutdown_reason = 3
+
+    def populate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        with self._call("populate", domid, first_gfn, nr_frames):
+            # XENMEM_populate_physmap says 0 extents, not ESRCH, of a domain that is not.
+            domain = self.by_domid.get(domid)
+            gfn, end = int(first_gfn), first_gfn + nr_frames
+            done: list[int] = []
+            while gfn < end:
+                whole = gfn % SUPERPAGE_FRAMES == 0 and end - gfn >= SUPERPAGE_FRAMES
+                if (
+                    whole
+                    and domain is not None
+                    and self._populate_extent(domain, gfn, SUPERPAGE_ORDER)
+                ):
+                    done.extend(range(gfn, gfn + SUPERPAGE_FRAMES))
+                    gfn += SUPERPAGE_FRAMES
+                elif domain is not None and self._populate_extent(domain, gfn, 0):
+                    done.append(gfn)
+                    gfn += 1
+                else:
+                    for frame in done:
+                        assert domain is not None
+                        self._guest_remove_page(domain, frame)
+                    raise self._short(domid, nr_frames, len(done))
+
+    @staticmethod
+    def _short(domid: DomId, nr_frames: int, done: int) -> XshmError:
+        return OutOfMemory(
+            f"Xen gave {done} of the {nr_frames} frames wanted for the holder, domain {domid}",
+            domid=domid,
+            nr_frames=nr_frames,
+        )
+
+    def depopulate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> int:
+        """common/memory.c decrease_reservation(), stepping over what is not there."""
+        with self._call("depopulate", domid, first_gfn, nr_frames):
+            domain = self.by_domid.get(domid)
+            if domain is None:
+                return 0
+            return sum(
+                self._guest_remove_page(domain, gfn) == 0
+                for gfn in range(first_gfn, first_gfn + nr_frames)
+            )
+
+    def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        with self._call("zero", domid, first_gfn, nr_frames):
+            for page in self._mappable(domid, first_gfn, nr_frames):
+                page.wipe()
+
+    def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
+        call = "xenforeignmemory_map"
+        domain = self._domain(domid, call)
+        found = []
+        for gfn in range(first_gfn, first_gfn + nr_frames):
+            page = self._page_for_dom0(domain, gfn)
+            if page is None:
+                raise failure(call, domid, errno.EINVAL, first_gfn=first_gfn)
+            found.append(page)
+        return found
+
+    def _page_for_dom0(self, domain: Domain, gfn: int) -> Page | None:
+        entry = domain.p2m.get(gfn)
+        if entry is None:
+            return None
+        # arch/arm/mm.c xenmem_add_to_physmap_one(): p2m_is_ram() only.  A PV dom0 on x86 may,
+        # since get_page_from_l1e() asks xsm_priv_mapping(guest, holder): the target again.
+        if entry.foreign and (self.arch is Arch.ARM64 or domain.target is not entry.page.owner):
+            return None
+        return entry.page
+
+    def populated_frames(self, domid: DomId, gfns: Sequence[Gfn]) -> tuple[Gfn, ...]:
+        with self._call("populated_frames", domid, len(gfns)):
+            domain = self.by_domid.get(domid)
+            if domain is None:
+                return ()
+            return tuple(gfn for gfn in gfns if self._page_for_dom0(domain, gfn))
+
+    def map_pages(
+        self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
+    ) -> SimulatedMap:
+        with self._call("map_pages", domid, first_gfn, nr_frames, writable):
+            pages = self._mappable(domid, first_gfn, nr_frames)
+            mapping = SimulatedMap(self, pages, writable=writable)
+            self._maps.add(mapping)
+            return mapping
+
+    # -- a guest's frames -----------------------------------------------------------------------
+
+    def map_foreign(
+        self, guest: DomId, first_gfn: Gfn, holder: DomId, holder_gfn: Gfn, nr_frames: int
+    ) -> None:
+        with self._call("map_foreign", guest, first_gfn, holder, holder_gfn, nr_frames):
+            call = "XENMEM_add_to_physmap_batch"
+            domain = self._domain(guest, call)
+            done: list[int] = []
+            for index in range(nr_frames):
+                gfn = first_gfn + index
+                if domain.hvm:
+                    code = self._add_foreign(domain, gfn, holder, holder_gfn + index)
+                else:
+                    code = errno.EACCES  # xatp_permission_check()
+                if not code:
+                    done.append(gfn)
+                    continue
+                for undone in done:
+                    self._remove_entry(domain, undone)
+                if code == errno.ESRCH:
+                    raise failure(call, guest, code, holder=holder)
+                raise PartialMap(
+                    f"Xen refused to map the holder's frame {holder_gfn + index:#x} at frame "
+                    f"{gfn:#x} of domain {guest}",
+                    call=call, errno=code, domid=guest, first_gfn=gfn,
+                )  # fmt: skip
+
+    def _add_foreign(self, domain: Domain, gfn: int, holder: DomId, holder_gfn: int) -> int:
+        """arch/x86/mm/p2m.c p2m_add_foreign(), arch/arm/mm.c xenmem_add_to_physmap_one()."""
+        x86 = self.arch is Arch.X86_64
+        if x86 and (self.version < (4, 19) or domain.altp2m):
+            return errno.EPERM  # arch_acquire_resource_check()
+        if holder == CONTROL_DOMAIN:
+            return errno.EPERM  # rcu_lock_remote_domain_by_id(): the caller itself
+        owner = self.by_domid.get(holder)
+        if owner is None:
+            return errno.ESRCH
+        if owner is domain:
+            return errno.EINVAL
+        if domain.target is not owner:
+            return errno.EPERM  # xsm_map_gmfn_foreign(XSM_TARGET, guest, holder)
+        source = owner.p2m.get(holder_gfn)
+        if source is None or source.foreign:
+            return errno.EINVAL
+        page = source.page
+        if domain.dying:
+            return errno.ENOMEM
+        old = domain.p2m.get(gfn)
+        if old is not None and x86:
+            # guest_remove_page(): frees the guest's RAM, and refuses what is not its own.
+            code = self._guest_remove_page(domain, gfn)
+            if code:
+                return code
+        if not self._tables(domain, gfn, leaf=True):
+            return errno.ENOMEM
+        page.references += 1
+        domain.p2m[gfn] = Entry(page, foreign=True)
+        if old is not None and not x86 and old.foreign:
+            if old.page is page:
+                # __p2m_set_entry(): the old entry is put only if its frame is another.
+                self.leaked_references += 1
+            else:
+                self._put(old.page)
+        # Arm does not free RAM it replaces: the page stays the guest's, and is nowhere.
+        return 0
+
+    def unmap(self, guest: DomId, first_gfn: Gfn, nr_frames: int) -> int:
+        """common/memory.c XENMEM_remove_from_physmap: RAM is unhooked too, and not freed."""
+        with self._call("unmap", guest, first_gfn, nr_frames):
+            call = "XENMEM_remove_from_physmap"
+            domain = self._domain(guest, call)
+            removed = 0
+            for gfn in range(first_gfn, first_gfn + nr_frames):
+                code = self._remove_entry(domain, gfn)
+                if code not in (0, errno.ENOENT):
+                    raise failure(call, guest, code)
+                removed += code == 0
+            return removed
+
+    # -- what a guest itself does ---------------------------------------------------------------
+
+    def _guest_pages(self, domid: DomId, gfn: int, offset: int, count: int) -> Iterator[Page]:
+        entry = self.by_domid[domid].p2m.get(gfn)
+        if entry is None or offset + count > PAGE_SIZE:
+            raise ModelViolation(f"domain {domid} has nothing at frame {gfn:#x}")
+        yield entry.page
+
+    def guest_read(self, domid: DomId, gfn: int, offset: int, count: int) -> bytes:
+        """Return what the guest reads there, through its own p2m."""
+        with self._lock:
+            (page,) = self._guest_pages(domid, gfn, offset, count)
+            return page.read(offset, count)
+
+    def guest_write(self, domid: DomId, gfn: int, offset: int, data: bytes) -> None:
+        """Write what a guest writes there, through its own p2m."""
+        with self._lock:
+            (page,) = self._guest_pages(domid, gfn, offset, len(data))
+            page.write(offset, data)
+
+    def foreign_frames(self, domid: DomId) -> dict[int, DomId]:
+        """Return the guest's frames that are another domain's pages, and whose."""
+        with self._lock:
+            return {
+                gfn: entry.page.owner.domid
+                for gfn, entry in self.by_domid[domid].p2m.items()
+                if entry.foreign
+            }

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What ends: guests, the regions nobody has or awaits any more, and their holders."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import structlog
+
+from xshmd.engine.gate import Gate
+from xshmd.engine.holders import NO_DOMAIN, Holders
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.leftovers import remove_stray
+from xshmd.engine.options import Options
+from xshmd.model import (
+    SHUTDOWN_CRASH,
+    SHUTDOWN_POWEROFF,
+    SHUTDOWN_REBOOT,
+    SHUTDOWN_WATCHDOG,
+    DomainInfo,
+    Guest,
+    GuestState,
+    Holder,
+    Lifetime,
+    Region,
+)
+from xshmd.ports import Clock, Store
+from xshmd.units import human_size
+
+log = structlog.get_logger()
+
+COMES_BACK: Final = frozenset({SHUTDOWN_REBOOT, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG})
+"""Ways a guest ends itself after which xl, as it is usually told to, makes it anew."""
+
+
+class Ends:
+    """Follows guests to their end and frees what they leave.  Used by the reconciler alone."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        ledger: Ledger,
+        holders: Holders,
+        gate: Gate,
+        options: Options,
+    ) -> None:
+        self._store, self._clock, self._ledger = store, clock, ledger
+        self._holders, self._gate, self._options = holders, gate, options
+        self._reasons: dict[str, int] = {}
+
+    def note_shutdowns(self, domains: dict[int, DomainInfo]) -> None:
+        """Remember how guests shut themselves down, before xl destroys what would tell."""
+        for guest in self._ledger.guests:
+            info = domains.get(guest.domid)
+            if info is not None and info.uuid == guest.uuid and info.shut_down:
+                self._reasons[guest.generation] = info.shutdown_reason
+
+    async def ended(self, guest: Guest) -> float:
+        """Record that the guest's domain is gone.
+
+        Returns:
+            After how many seconds to collect again; 0 if now.
+        """
+        self._gate.unlock(guest)
+        self._gate.forget(guest)
+        await remove_stray(self._store, guest.domid)
+        reason = self._reasons.pop(guest.generation, SHUTDOWN_POWEROFF)
+        if guest.state is GuestState.ATTACHED and reason in COMES_BACK:
+            await self._ledger.put_guest(
+                dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=self._clock.now())
+            )
+            log.info("guest awaited", guest=guest.name, domid=guest.domid)
+            return self._options.reboot_grace_s
+        await self._ledger.drop_guest(guest.generation)
+        if guest.requests:
+            log.info("guest ended", guest=guest.name, domid=guest.domid)
+        return 0.0
+
+    async def collect(self) -> None:
+        """Free every region and holder that nobody has or awaits."""
+        for guest in self._ledger.guests:
+            waited = self._clock.now() - guest.ended_at
+            if guest.state is GuestState.REBOOTING and waited >= self._options.reboot_grace_s:
+                await self._ledger.drop_guest(guest.generation)
+                log.info("guest no longer awaited", guest=guest.name)
+        for holder in self._ledger.holders:
+            theirs = [r for r in self._ledger.regions if r.holder_uuid == holder.uuid]
+            unused = [region for region in theirs if self._is_unused(region)]
+            if unused == theirs and not self._is_targeted(holder):
+                await self._free_all(holder, theirs)
+            else:
+                for region in unused:
+                    await self._holders.free_region(region)
+
+    def _is_unused(self, region: Region) -> bool:
+        return region.lifetime is Lifetime.MEMBERS and not self._ledger.members(region.region_id)
+
+    def _is_targeted(self, holder: Holder) -> bool:
+        return any(guest.holder_uuid == holder.uuid for guest in self._ledger.guests)
+
+    async def _free_all(self, holder: Holder, regions: list[Region]) -> None:
+        # At one go, and Xen does the wiping: the pages of a dying domain are scrubbed.
+        for region in regions:
+            if region.ready:
+                await self._ledger.put_region(dataclasses.replace(region, ready=False))
+        await self._holders.destroy(holder)
+        for region in regions:
+            await self._ledger.drop_region(region.region_id)
+            log.info("region freed", region=region.region_id, size=human_size(region.size_bytes))
+
+    async def check_holders(self, domains: dict[int, DomainInfo]) -> None:
+        """Notice holders that somebody else destroyed, and undo those whose making was cut off."""
+        for holder in self._ledger.holders:
+            if holder.domid == NO_DOMAIN:
+                await self._holders.destroy(holder)
+                continue
+            info = domains.get(holder.domid)
+            if info is None or info.uuid != holder.uuid or info.dying:
+                lost = [r.region_id for r in self._ledger.regions if r.holder_uuid == holder.uuid]
+                log.error(
+                    "holder destroyed by somebody else",
+                    holder=holder.uuid,
+                    domid=holder.domid,
+                    regions=lost,
+                    reason="running guests keep their memory, and nobody can join them any more",
+                )
+                await self._holders.lose(holder)

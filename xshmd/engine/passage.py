@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One guest's way through the gate: what it is to have, made and mapped, or its end.
+
+Every step is written down before it is taken and may be taken again: a step cut off by a lost
+xenstored is repeated by the next look, one cut off by our own end by the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import structlog
+import trio
+
+from xshmd.engine import records
+from xshmd.engine.attach import attach, mappings
+from xshmd.engine.gate import Gate
+from xshmd.engine.holders import Holders
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.leftovers import remove_leftovers
+from xshmd.engine.options import Options
+from xshmd.engine.xen_worker import XenWorker
+from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
+from xshmd.model import Guest, GuestConfig, GuestState
+from xshmd.policy.plan import GuestPlan, plan_guest
+from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
+from xshmd.units import bytes_of, human_size
+
+log = structlog.get_logger()
+
+DECLARED_S = 600.0
+"""How long, in seconds, a declared configuration waits for its domain."""
+FAILURES_KEPT = 256
+
+
+class Passage:
+    """Takes held guests to ATTACHED, or lets them go, or dooms them.
+
+    Used by the reconciler alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        xen: Hypervisor,
+        worker: XenWorker,
+        store: Store,
+        finder: ConfigFinder,
+        clock: Clock,
+        ledger: Ledger,
+        holders: Holders,
+        gate: Gate,
+        options: Options,
+    ) -> None:
+        self._xen, self._worker, self._store = xen, worker, store
+        self._finder, self._clock = finder, clock
+        self._ledger, self._holders, self._gate = ledger, holders, gate
+        self._options = options
+        self._declared: dict[str, tuple[GuestConfig, float]] = {}
+        self.failures: dict[str, XshmError] = {}
+        """Why a guest of this name was last refused; until one of that name comes again."""
+        self._prepared: set[str] = set()
+        self._tried: set[str] = set()
+        self._released: set[str] = set()
+
+    def mark_tried(self, generation: str) -> None:
+        """Say that an earlier life may have mapped something for this guest already."""
+        self._tried.add(generation)
+
+    def forget(self, guest: Guest) -> None:
+        """Drop what is remembered of a guest that is through or gone."""
+        for memory in (self._prepared, self._tried, self._released):
+            memory.discard(guest.generation)
+
+    # -- what it is to have ---------------------------------------------------------------------
+
+    async def declare(self, config: GuestConfig) -> None:
+        """Use this configuration for the next domain of its name, if it can be given."""
+        if config.requests:
+            await self._plan(config)
+        self.failures.pop(config.name, None)
+        self._declared[config.name] = (config, self._clock.now() + DECLARED_S)
+
+    def withdraw(self, name: str) -> None:
+        """Forget a declaration."""
+        self._declared.pop(name, None)
+
+    async def _config_of(self, guest: Guest) -> GuestConfig | None:
+        if guest.state is GuestState.ATTACHING:  # begun in an earlier life of ours
+            return GuestConfig(name=guest.name, uuid=guest.uuid, requests=guest.requests)
+        declared, until = self._declared.get(guest.name, (None, 0.0))
+        if declared is not None and until > self._clock.now():
+            return declared
+        for earlier in self._ledger.guests:
+            # xl makes a rebooted guest from the configuration it read when it first made it, under
+            # the same UUID; whatever its file says by now does not count.
+            if earlier.state is GuestState.REBOOTING and earlier.uuid == guest.uuid:
+                return GuestConfig(name=guest.name, uuid=guest.uuid, requests=earlier.requests)
+        return await trio.to_thread.run_sync(
+            lambda: self._finder.find(name=guest.name, uuid=guest.uuid)
+        )
+
+    async def _plan(self, config: GuestConfig) -> GuestPlan:
+        host = await self._worker.run(self._xen.host_info)
+        known = await trio.to_thread.run_sync(self._finder.known)
+        return plan_guest(config, host=host, snapshot=self._ledger.snapshot(), known=known)
+
+    # -- the steps ------------------------------------------------------------------------------
+
+    async def advance(self, guest: Guest) -> Guest | None:
+        """Take a HELD or ATTACHING guest as far as it can go now.
+
+        Returns:
+            The guest as it is now; None if it is through with us: let go, doomed or gone.
+
+        Raises:
+            StoreTrouble: xenstored failed us in the middle; call again.
+        """
+        try:
+            if guest.generation not in self._prepared:
+                prepared = await self._prepare(guest)
+                if prepared is None:
+                    return None
+                guest = prepared
+                self._prepared.add(guest.generation)
+            return await self._attach_if_built(guest)
+        except (DomainGone, *StoreTrouble):
+            raise
+        except XshmError as error:
+            await self._refuse(self._ledger.guest(guest.generation) or guest, error)
+            return None
+
+    async def _prepare(self, guest: Guest) -> Guest | None:
+        """Find out what a held guest is to have, and make it, while xl is still building it."""
+        if guest.state is GuestState.HELD:
+            name = await self._store.read(f"/local/domain/{guest.domid}/name") or ""
+            guest = self._ledger.know(dataclasses.replace(guest, name=name))
+            self.failures.pop(name, None)
+        config = await self._config_of(guest)
+        if config is None or not config.requests:
+            await self._let_go(guest)
+            return None
+        if guest.generation in self._gate.had_run:
+            raise Conflict(
+                f"guest {guest.name} ran before xshmd could stop it, without its regions",
+                hint="start it with `xshmctl create`, which is never too late",
+                domid=guest.domid,
+            )
+        plan = await self._plan(config)
+        return await self._make(guest, plan)
+
+    async def _make(self, guest: Guest, plan: GuestPlan) -> Guest:
+        # A guest that was begun has its target, or may have: no other holder will do.
+        uuid = guest.holder_uuid or plan.holder_uuid
+        holder = self._ledger.holder(uuid) if uuid else None
+        if holder is None and guest.holder_uuid:
+            raise Conflict(
+                f"the holder of guest {guest.name} is gone", hint="start the guest again"
+            )
+        if holder is None:
+            holder = await self._holders.create()
+        # From here on the guest's record keeps holder and regions from being collected.
+        guest = await self._ledger.put_guest(
+            dataclasses.replace(
+                guest,
+                state=GuestState.ATTACHING,
+                holder_uuid=holder.uuid,
+                requests=plan.requests,
+            ),
+            also=[(records.mark_path(guest.domid), guest.generation)],
+        )
+        for new in plan.new_regions:
+            await self._holders.add_region(
+                holder.uuid, new.region_id, new.nr_frames, owner=new.owner, lifetime=new.lifetime
+            )
+            log.info(
+                "region created",
+                region=new.region_id,
+                size=human_size(bytes_of(new.nr_frames)),
+                guest=guest.name,
+                holder=holder.uuid,
+            )
+        return guest
+
+    async def _attach_if_built(self, guest: Guest) -> Guest:
+        """Map, once the toolstack has made the guest's memory: not earlier, never later."""
+        started = trio.current_time()
+        if guest.generation not in self._released:
+            if not await self._store.is_introduced(guest.domid):
+                return guest
+            await self._map(guest)
+            await self._store.write_many(records.published(guest))
+            self._released.add(guest.generation)
+            await self._gate.unpause(guest)
+        attached = await self._ledger.put_guest(
+            dataclasses.replace(guest, state=GuestState.ATTACHED)
+        )
+        for earlier in self._ledger.guests:
+            if earlier.state is GuestState.REBOOTING and guest.name == earlier.name:
+                await self._ledger.drop_guest(earlier.generation)
+        self._declared.pop(guest.name, None)
+        self._gate.unlock(attached)
+        self.forget(attached)
+        log.info(
+            "guest attached",
+            guest=guest.name,
+            domid=guest.domid,
+            regions=[request.region_id for request in guest.requests],
+            size=human_size(sum(request.size_bytes for request in guest.requests)),
+            seconds=round(trio.current_time() - started, 4),
+        )
+        return attached
+
+    async def _map(self, guest: Guest) -> None:
+        holder = self._ledger.holder(guest.holder_uuid)
+        if holder is None:
+            raise Conflict(
+                f"the holder of guest {guest.name} is gone", hint="start the guest again"
+            )
+        await self._holders.verify(holder)
+        wanted = mappings(guest, {region.region_id: region for region in self._ledger.regions})
+        again = guest.generation in self._tried
+        self._tried.add(guest.generation)
+        await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+
+    async def _let_go(self, guest: Guest) -> None:
+        if guest.generation not in self._released:
+            self._released.add(guest.generation)
+            await self._gate.unpause(guest)
+        await self._ledger.drop_guest(guest.generation)
+        self._gate.unlock(guest)
+        self.forget(guest)
+
+    # -- refusal --------------------------------------------------------------------------------
+
+    async def _refuse(self, guest: Guest, error: XshmError) -> None:
+        """The guest cannot have its regions, so it must not run."""
+        log.error("guest refused", guest=guest.name, domid=guest.domid, reason=error.one_line())
+        for note in getattr(error, "__notes__", ()):
+            log.error("guest refused", guest=guest.name, domid=guest.domid, reason=note)
+        self.failures[guest.name] = error
+        while len(self.failures) > FAILURES_KEPT:
+            self.failures.pop(next(iter(self.failures)))
+        self._declared.pop(guest.name, None)
+        doomed = await self._ledger.put_guest(
+            dataclasses.replace(guest, state=GuestState.DOOMED, failure=error.one_line())
+        )
+        await self.finish_doom(doomed)
+
+    async def finish_doom(self, guest: Guest) -> None:
+        """Destroy a DOOMED guest, unless an admin wants to look at it; then it stays paused."""
+        if self._options.destroy_on_failure:
+            with contextlib.suppress(DomainGone):
+                await self._worker.run(self._xen.destroy, guest.domid)
+            await remove_leftovers(self._store, guest)
+        self._gate.unlock(guest)
