@@ -248,7 +248,7 @@ def _damage(entry: Path) -> str:
     try:
         stamp = json.loads((entry / STAMP).read_text())
         boot, files = stamp["boot"], stamp["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return "its stamp is missing or unreadable"
     same_boot = boot == _boot_id()
     restamp = not same_boot

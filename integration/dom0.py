@@ -22,6 +22,7 @@ from typing import Any
 from integration.agent import CHUNK_BYTES, Decoder, FrameError, Message, encode
 
 Command = str | Sequence[str | Path]
+_Event = tuple[Message, bytes] | Exception
 OnOutput = Callable[[int, bytes], None]
 """Called with the stream (1 is standard output, 2 standard error) and the bytes."""
 
@@ -93,7 +94,7 @@ class Running:
         self._dom0 = dom0
         self._number = number
         self._on_output = on_output
-        self._events: queue.SimpleQueue[tuple[Message, bytes] | Dom0Error] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._out: tuple[bytearray, bytearray] = (bytearray(), bytearray())
         self._ended: tuple[Completed, bool] | None = None
@@ -154,7 +155,7 @@ class Running:
                 event = self._events.get(timeout=left)
             except queue.Empty:
                 raise TimeoutError(f"still running: {self.command}") from None
-            if isinstance(event, Dom0Error):
+            if isinstance(event, Exception):
                 self._events.put(event)  # for whoever asks next
                 raise event
             message, _ = event
@@ -173,9 +174,9 @@ class Running:
             raise CommandFailed(completed)
         return completed
 
-    def _take(self, event: tuple[Message, bytes] | Dom0Error) -> None:
+    def _take(self, event: _Event) -> None:
         """On the reader's thread: keep output, hand on everything else."""
-        if not isinstance(event, Dom0Error):
+        if not isinstance(event, Exception):
             message, blob = event
             if "pid" in message:
                 self._pid = message["pid"]
@@ -183,10 +184,18 @@ class Running:
             if "out" in message:
                 with self._lock:
                     self._out[message["out"] - 1].extend(blob)
-                if self._on_output is not None:
-                    self._on_output(message["out"], blob)
+                self._show(message["out"], blob)
                 return
         self._events.put(event)
+
+    def _show(self, stream: int, data: bytes) -> None:
+        """Call back. If that fails, the failure is for whoever waits, not for the reader."""
+        if self._on_output is not None:
+            try:
+                self._on_output(stream, data)
+            except Exception as error:
+                self._on_output = None
+                self._events.put(error)
 
 
 class Dom0:
@@ -204,7 +213,7 @@ class Dom0:
         self._writing = threading.Lock()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._waiting: dict[int, Callable[[tuple[Message, bytes] | Dom0Error], None]] = {}
+        self._waiting: dict[int, Callable[[_Event], None]] = {}
         self._dead: ChannelDead | None = None
         self._agent: int | None = None
         self._greeted = threading.Event()
@@ -320,16 +329,16 @@ class Dom0:
         self._reader.join(timeout=5)
         self._wire.close()
 
-    def _call(self) -> tuple[int, queue.SimpleQueue[tuple[Message, bytes] | Dom0Error]]:
+    def _call(self) -> tuple[int, queue.SimpleQueue[_Event]]:
         number = next(self._numbers)
-        events: queue.SimpleQueue[tuple[Message, bytes] | Dom0Error] = queue.SimpleQueue()
+        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._register(number, events.put)
         return number, events
 
     def _finish(
         self,
         number: int,
-        events: queue.SimpleQueue[tuple[Message, bytes] | Dom0Error],
+        events: queue.SimpleQueue[_Event],
         what: str,
         timeout_s: float = 120,
     ) -> bytes:
@@ -341,7 +350,7 @@ class Dom0:
                     event = events.get(timeout=timeout_s)
                 except queue.Empty:
                     raise self._death(f"no word from dom0 about {what}") from None
-                if isinstance(event, Dom0Error):
+                if isinstance(event, Exception):
                     raise event
                 message, blob = event
                 if "error" in message:
@@ -353,9 +362,7 @@ class Dom0:
             with self._lock:
                 self._waiting.pop(number, None)
 
-    def _register(
-        self, number: int, take: Callable[[tuple[Message, bytes] | Dom0Error], None]
-    ) -> None:
+    def _register(self, number: int, take: Callable[[_Event], None]) -> None:
         with self._lock:
             if self._dead is not None:
                 raise self._dead

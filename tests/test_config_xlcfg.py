@@ -78,6 +78,9 @@ REFUSED = [
     ("a=1\nif a:\n", 2, "expected '=' or '+=' after 'if', found 'a'", "Python"),
     ("a=" + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), 1, "nest deeper", ""),
     ("a=1\nb='x\0y'\n", 2, "NUL byte", "remove"),
+    ("\0", 1, "NUL byte", "remove"),
+    ("a=" + "Z" * 41 + "\n", 1, "'" + "Z" * 37 + "...' cannot stand here", ""),
+    ("a=" + "Z" * 40 + "\n", 1, "'" + "Z" * 40 + "' cannot stand here", ""),
     (b"a=1\nb='\xff'\n", 2, "byte 0xff is not UTF-8", "UTF-8"),
     ("a=1\n\nb='\ud800'\n", 3, "is not UTF-8", "UTF-8"),
 ]
@@ -137,7 +140,9 @@ def test_deepest_list_that_is_read() -> None:
     assert len(parse("a=" + "[" * MAX_DEPTH + "]" * MAX_DEPTH, "f")) == 1
 
 
-strings = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+strings = st.text(
+    st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=20
+)
 keys = st.from_regex(r"[a-z][._0-9a-z]{0,6}", fullmatch=True)
 values = st.recursive(strings, lambda inner: st.lists(inner, max_size=4), max_leaves=8)
 

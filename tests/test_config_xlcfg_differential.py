@@ -198,7 +198,7 @@ if LIBRARY is not None:
         assert mine == theirs.settings
         return "accepted"
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(TEXTS)
     def test_xl_and_we_read_the_same(text: str) -> None:
         event(compare(text))

@@ -42,7 +42,7 @@ def test_list(capsys: Captured) -> None:
     assert main(["list"]) == 0
     assert capsys.readouterr().out == (
         "ID  SIZE   LIFETIME  OWNER  HOLDER  MEMBERS\n"
-        "r0  1 MiB  members   ctl    3       ctl@0x38000,log@0x40000\n"
+        "r0  1 MiB  members   ctl    3       ctl@0x38000000,log@0x40000000\n"
         "\n"
         "1 region listed.\n"
     )
@@ -65,7 +65,7 @@ def test_list_guests(capsys: Captured) -> None:
 def test_no_legend_is_for_scripts(capsys: Captured, argv: list[str]) -> None:
     assert main(argv) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "r0  1 MiB  members  ctl  3  ctl@0x38000,log@0x40000"
+        "r0  1 MiB  members  ctl  3  ctl@0x38000000,log@0x40000000"
     ]
 
 
@@ -107,8 +107,8 @@ def test_show(capsys: Captured) -> None:
         "      Owner: ctl\n"
         "      Ready: yes\n"
         "     Holder: domain 3, uuid 00000000-0000-0000-0000-000000000003, frames 0x100..0x1ff\n"
-        "    Members: ctl (domain 5, attached): owner rw at frames 0x38000..0x380ff\n"
-        "             log (no domain, rebooting): borrower ro at frames 0x40000..0x40001, "
+        "    Members: ctl (domain 5, attached): owner rw at 0x38000000, frames 0x38000..0x380ff\n"
+        "             log (no domain, rebooting): borrower ro at 0x40000000, frames 0x40000..0x40001, "
         "from the region's frame 0x1 on\n"
     )
 

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xshmd.errors import ConfigError, Conflict, Refused, XshmError
@@ -249,10 +249,11 @@ def test_overlaps_are_found_exactly_where_there_are_some(chosen: list[tuple[int,
     assert bool(check_config(guest(*requests), Arch.X86_64)) == overlapping
 
 
+@settings(max_examples=50)
 @given(
     arch=st.sampled_from(Arch),
     guest_type=st.sampled_from([GuestType.PVH, GuestType.HVM]),
-    memory=st.integers(0, 1 << 20),
+    memory=st.integers(0, 1 << 19),
     data=st.data(),
 )
 def test_every_window_a_hint_calls_free_is_accepted(
@@ -398,5 +399,6 @@ def test_who_says_what() -> None:
         guest(request(region_id="stale"), name="renamed", uuid="u3"),
         guest(request(region_id="r"), request(region_id="s"), name="b"),
     ]
-    found = [(one.guest, one.request.region_id) for one in claims([there], configs)]
+    doomed = dataclasses.replace(there, name="b", uuid="u4", state=GuestState.DOOMED)
+    found = [(one.guest, one.request.region_id) for one in claims([there, doomed], configs)]
     assert found == [("a", "live"), ("b", "r"), ("b", "s")]

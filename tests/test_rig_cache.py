@@ -163,7 +163,12 @@ def test_after_a_reboot_everything_is_read_once_more(
     entry = cache.get(RECIPE, build)
     read: list[str] = []
     honest = cache_module._sha256
-    monkeypatch.setattr(cache_module, "_sha256", lambda p: (read.append(p.name), honest(p))[1])
+
+    def watched(path: Path) -> str:
+        read.append(path.name)
+        return honest(path)
+
+    monkeypatch.setattr(cache_module, "_sha256", watched)
     cache.get(RECIPE, must_not_build)
     assert read == []
     restamp(entry.path.parent, "another boot")

@@ -37,7 +37,8 @@ messages = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() 
 )
 def test_frames_survive_any_cut(frames: list[tuple[Message, bytes]], cuts: list[int]) -> None:
     stream = b"".join(encode(message, blob) for message, blob in frames)
-    decoder, came, turn = Decoder(), [], 0
+    came: list[tuple[Message, bytes]] = []
+    decoder, turn = Decoder(), 0
     while stream:
         size = cuts[turn % len(cuts)]
         came += decoder.feed(stream[:size])

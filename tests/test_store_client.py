@@ -177,6 +177,12 @@ async def test_set_permissions(server: FakeXenstored, store: XenStore) -> None:
     assert caught.value.facts == {"path": "/a", "error": "ENOENT"}
 
 
+async def test_a_directory_that_is_refused(server: FakeXenstored, store: XenStore) -> None:
+    server.faults.refuse = lambda request: "EACCES" if request.op == xs.DIRECTORY else None
+    with pytest.raises(StoreError, match="EACCES"):
+        await store.directory("/tool")
+
+
 async def test_is_introduced(server: FakeXenstored, store: XenStore) -> None:
     assert not await store.is_introduced(DomId(5))
     server.introduce(5)
@@ -252,6 +258,21 @@ async def test_no_more_than_the_limit_in_flight(server: FakeXenstored, store: Xe
             await wait_all_tasks_blocked()
             assert len(server.log) == rounds * MAX_IN_FLIGHT
             server.answer_held()
+
+
+async def test_request_ids_start_again_and_pass_over_those_in_flight(
+    server: FakeXenstored, store: XenStore
+) -> None:
+    server.write("/a", "a")
+    server.faults.silent = lambda request: request.path == "/held"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.read, "/held")
+        await wait_all_tasks_blocked()
+        assert store._link is not None
+        store._link._last_rq_id = 0xFFFF_FFFE
+        assert await store.read_many(["/a", "/a", "/a"]) == ("a", "a", "a")
+        assert [request.rq_id for request in server.log] == [1, 0xFFFF_FFFF, 2, 3]
+        server.answer_held()
 
 
 async def test_answers_in_another_order(server: FakeXenstored, store: XenStore) -> None:
@@ -631,7 +652,11 @@ async def test_a_watch(server: FakeXenstored, store: XenStore) -> None:
 async def test_leaving_a_watch_removes_it(server: FakeXenstored, store: XenStore) -> None:
     async with store.watch("/w") as events:
         assert len(server.connection.watches) == 1
+        assert await next_paths(events, 1) == ["/w"]
     assert server.connection.watches == []
+    await wait_all_tasks_blocked()
+    assert store._nursery is not None
+    assert not store._nursery.child_tasks
     with pytest.raises(trio.ClosedResourceError):
         await events.receive()
     server.connection.send_event("/w", "xshmd/1")  # a late one
@@ -785,6 +810,86 @@ async def test_a_watch_made_while_reconnecting_is_set_once(
             server.start()
         assert await next_paths(old, 1) == ["/old"]
     assert server.connection.number == 2
+
+
+async def test_watches_made_while_disconnected_are_set_once(
+    autojump_clock: MockClock, server: FakeXenstored, store: XenStore
+) -> None:
+    server.stop()
+    await wait_all_tasks_blocked()
+
+    async def watch(n: int) -> None:
+        async with store.watch(f"/{n}") as events:
+            assert await next_paths(events, 1) == [f"/{n}"]
+
+    async with trio.open_nursery() as nursery:
+        for n in range(MAX_IN_FLIGHT):
+            nursery.start_soon(watch, n)
+        await trio.sleep(1)
+        server.start()
+    assert len(server.requests(xs.WATCH)) == MAX_IN_FLIGHT
+
+
+async def test_watches_that_come_and_go_while_others_are_set_again(
+    autojump_clock: MockClock, server: FakeXenstored, store: XenStore
+) -> None:
+    async with store.watch("/1") as first:
+        assert await next_paths(first, 1) == ["/1"]
+        server.stop()
+        await wait_all_tasks_blocked()
+        server.faults.silent = lambda request: request.strings[:2] == ("/1", "xshmd/1")
+        async with contextlib.AsyncExitStack() as stack, trio.open_nursery() as nursery:
+            leave = trio.Event()
+
+            async def stay() -> None:
+                events = await stack.enter_async_context(store.watch("/2"))
+                assert await next_paths(events, 1) == ["/2"]
+                leave.set()
+
+            nursery.start_soon(stay)
+            await trio.sleep(1)
+            server.start()
+            await leave.wait()
+            server.faults.silent = xs.nothing
+            server.answer_held()
+            await trio.sleep(1)
+        assert await store.read("/x") is None
+    assert server.connection.number == 2
+    assert [request.path for request in server.requests(xs.WATCH)].count("/2") == 1
+
+
+async def test_a_watch_left_while_others_are_set_again(
+    autojump_clock: MockClock, server: FakeXenstored, store: XenStore
+) -> None:
+    async with store.watch("/1") as first:
+        assert await next_paths(first, 1) == ["/1"]
+        async with store.watch("/2") as second:
+            assert await next_paths(second, 1) == ["/2"]
+            server.faults.silent = only(xs.WATCH)
+            server.drop()
+            await trio.sleep(1)
+            assert [r.path for r in server.log if r.connection == 2] == ["/1"]
+        server.faults.silent = xs.nothing
+        server.answer_held()
+        await trio.sleep(1)
+        assert [watch.path for watch in server.connection.watches] == ["/1"]
+
+
+async def test_a_watch_that_is_set_and_lost_at_one_stroke(
+    autojump_clock: MockClock, server: FakeXenstored, store: XenStore
+) -> None:
+    server.faults.deaf = only(xs.WATCH)
+
+    async def watch() -> None:
+        with pytest.raises(StoreLost, match="WATCH /w"):
+            async with store.watch("/w"):
+                raise AssertionError
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await wait_all_tasks_blocked()
+        answer = xs.HEADER.pack(xs.WATCH, server.log[0].rq_id, 0, 3) + b"OK\0"
+        server.connection.send_raw(answer + xs.HEADER.pack(99, 0, 0, 0))
 
 
 async def test_a_watch_left_while_disconnected(
@@ -993,9 +1098,16 @@ async def test_a_start_that_is_answered_too_late_is_aborted(
     await wait_all_tasks_blocked()
     assert server.connection.transactions == {}
     assert server.read("/n") is None
-    async with trio.open_nursery() as nursery:  # and the slot came back
+    server.log.clear()
+    server.faults.silent = everything
+    async with trio.open_nursery() as nursery:  # and just the one slot came back
         for n in range(2 * MAX_IN_FLIGHT):
             nursery.start_soon(store.read, f"/{n}")
+        await wait_all_tasks_blocked()
+        assert len(server.log) == MAX_IN_FLIGHT
+        server.answer_held()
+        await wait_all_tasks_blocked()
+        server.answer_held()
 
 
 async def test_a_transaction_the_server_forgot_is_run_again(

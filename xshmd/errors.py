@@ -8,6 +8,7 @@ traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 Fact = str | int | bool
@@ -38,6 +39,8 @@ class XshmError(Exception):
         self.message = message
         self.hint = hint
         self.facts = facts
+        self.parts: tuple[XshmError, ...] = ()
+        """The errors this one speaks for, where there are several; see :func:`combined`."""
 
     def one_line(self) -> str:
         """Return message and hint as the one sentence a log line or a terminal shows."""
@@ -177,6 +180,22 @@ class StoreTimedOut(TimedOut):
 
 StoreTrouble = (StoreLost, StoreError, StoreTimedOut)
 """What xenstored may do to any piece of work, none of which is the fault of what it is about."""
+
+
+def combined(errors: Sequence[XshmError]) -> XshmError:
+    """Return one error that speaks for all of ``errors``, of which there is at least one.
+
+    It is of the first's kind and has its facts; its message names the others too.
+    """
+    first, others = errors[0], tuple(errors[1:])
+    if not others:
+        return first
+    rest = "; ".join(other.one_line() for other in others)
+    # Each hint stands with its own message, so the spokesman has none.
+    message = f"{first.one_line()}; and {len(others)} more: {rest}"
+    spokesman = type(first)(message, hint="", **first.facts)
+    spokesman.parts = tuple(errors)
+    return spokesman
 
 
 def all_errors() -> tuple[type[XshmError], ...]:

@@ -11,7 +11,7 @@ from xshmd.model import SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, bytes_of
 
-from .host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, expect, raises
+from .host import GUEST_GFN, HOLDER_GFN, POOL_EXHAUSTED, ContractHost, equal, expect, raises
 
 Case = Callable[[Hypervisor, ContractHost], None]
 CASES: list[tuple[str, Case]] = []
@@ -255,13 +255,13 @@ def populate_takes_from_free_memory_exactly(xen: Hypervisor, make: ContractHost)
 
 @case
 def populate_more_than_the_host_has_gives_it_all_back(xen: Hypervisor, make: ContractHost) -> None:
-    domid = make.domain()
-    nr = make.free_pages() + SUPERPAGE_FRAMES
-    xen.set_paging_pool_bytes(domid, bytes_of(nr // SUPERPAGE_FRAMES + 2048))
+    domid, left = make.domain(), 3 * SUPERPAGE_FRAMES + 7
+    hog = make.domain()  # a pool is the quickest way to take all but a little
+    xen.set_paging_pool_bytes(hog, bytes_of(make.free_pages() - left))
     before = make.free_pages()
-    xen.set_max_pages(domid, nr)
+    xen.set_max_pages(domid, 2 * before)
     with raises(OutOfMemory):
-        xen.populate(domid, HOLDER_GFN, nr)
+        xen.populate(domid, HOLDER_GFN, before + SUPERPAGE_FRAMES)
     equal(make.tot_pages(domid), 0, "tot_pages")
     equal(make.free_pages(), before, "free pages")
 
@@ -272,7 +272,7 @@ def populate_without_a_pool_fails_and_destroy_gives_all_back(
 ) -> None:
     with make.page_exact():
         domid = make.bare()
-        xen.set_paging_pool_bytes(domid, 0)
+        make.starve(domid)
         xen.set_max_pages(domid, 2)
         with raises(OutOfMemory):
             xen.populate(domid, Gfn(HOLDER_GFN + 1), 2)
@@ -361,7 +361,7 @@ def zero_touches_nothing_else(xen: Hypervisor, make: ContractHost) -> None:
 
 @case
 def zero_of_many_windows(xen: Hypervisor, make: ContractHost) -> None:
-    nr = 9000
+    nr = 8200
     domid = make.holder(nr)
     for index in (0, 4095, 4096, 8191, 8192, nr - 1):
         make.write(domid, HOLDER_GFN + index, b"x")
@@ -548,16 +548,25 @@ def the_pool_is_whole_frames(xen: Hypervisor, make: ContractHost) -> None:
 def a_pool_larger_than_the_host_is_refused(xen: Hypervisor, make: ContractHost) -> None:
     domid = make.domain(100)
     with raises(HypercallFailed, errno.ENOMEM):
-        xen.set_paging_pool_bytes(domid, bytes_of(make.free_pages() + 200))
+        xen.set_paging_pool_bytes(domid, bytes_of(make.free_pages() + 20000))
     xen.set_paging_pool_bytes(domid, bytes_of(100))
+
+
+@case
+def a_pool_cannot_be_less_than_what_is_in_use(xen: Hypervisor, make: ContractHost) -> None:
+    domid = make.holder(2)
+    with raises(HypercallFailed, errno.ENOMEM):
+        xen.set_paging_pool_bytes(domid, 0)
+    expect(0 < xen.paging_pool_bytes(domid) < bytes_of(64), "what is in use stays")
+    equal(xen.populated_frames(domid, [HOLDER_GFN]), (HOLDER_GFN,), "and so do the frames")
 
 
 @case
 def mapping_without_a_pool_fails_and_undoes(xen: Hypervisor, make: ContractHost) -> None:
     holder, guest = make.holder(2), make.bare()
     xen.set_target(guest, holder)
-    xen.set_paging_pool_bytes(guest, 0)
-    with raises(PartialMap, errno.ENOMEM):
+    make.starve(guest)
+    with raises(PartialMap, POOL_EXHAUSTED):
         xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, 2)
     equal(xen.unmap(guest, GUEST_GFN, 2), 0, "mapped")
 
@@ -565,9 +574,11 @@ def mapping_without_a_pool_fails_and_undoes(xen: Hypervisor, make: ContractHost)
 @case
 def a_pool_that_ends_in_the_middle_undoes_all(xen: Hypervisor, make: ContractHost) -> None:
     nr = 24 * SUPERPAGE_FRAMES
-    holder, guest = make.holder(nr), make.domain(10)
+    holder, guest = make.holder(nr), make.bare()
     xen.set_target(guest, holder)
-    with raises(PartialMap, errno.ENOMEM) as caught:
+    make.starve(guest)
+    xen.set_paging_pool_bytes(guest, xen.paging_pool_bytes(guest) + bytes_of(10))
+    with raises(PartialMap, POOL_EXHAUSTED) as caught:
         xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, nr)
     assert caught.error is not None
     first_bad = caught.error.facts["first_gfn"]
@@ -751,7 +762,7 @@ def mapping_of_dom0_is_eperm(xen: Hypervisor, make: ContractHost) -> None:
 @case
 def mapping_from_nobody_fails(xen: Hypervisor, make: ContractHost) -> None:
     nobody, guest = make.unused_domid(), make.domain()
-    with raises(HypercallFailed, errno.ESRCH):
+    with raises(PartialMap, errno.ESRCH):  # the guest is there: not DomainGone
         xen.map_foreign(guest, GUEST_GFN, nobody, HOLDER_GFN, 1)
     equal(xen.unmap(guest, GUEST_GFN, 1), 0, "mapped")
 

@@ -25,6 +25,8 @@ GUEST_GFN = Gfn(0x80000)
 SETTLE_S = 5.0
 """How long Xen may take to finish a domain off (RCU, and its idle loop)."""
 ENOUGH_POOL_FRAMES = 512
+POOL_EXHAUSTED = (errno.ENOMEM, errno.ENOENT)
+"""What a map says that gets no table: on Arm ENOENT (arch/arm/mmu/p2m.c __p2m_set_entry())."""
 
 
 class Wrong(AssertionError):
@@ -75,10 +77,16 @@ def raises(kind: type[XshmError], code: int | tuple[int, ...] = ()) -> Iterator[
 
 
 class ContractHost:
-    """Makes scratch domains, and destroys them when left."""
+    """Makes scratch domains, and destroys them when left.
 
-    def __init__(self, xen: Hypervisor) -> None:
+    Args:
+        xen: What the contract is about.
+        quiet_s: For how long free memory must not change to be believed.
+    """
+
+    def __init__(self, xen: Hypervisor, *, quiet_s: float = 0.0) -> None:
         self.xen = xen
+        self._quiet_s = quiet_s
         host = xen.host_info()
         self.arch: Arch = host.arch
         self.version = host.xen_version
@@ -111,6 +119,11 @@ class ContractHost:
         domid = self.bare()
         self.xen.set_paging_pool_bytes(domid, bytes_of(pool_frames))
         return domid
+
+    def starve(self, domid: DomId) -> None:
+        """Leave the domain no page in its paging pool but those in use already."""
+        with suppress(HypercallFailed):  # ENOMEM: "failed to free enough", once all are freed
+            self.xen.set_paging_pool_bytes(domid, 0)
 
     def holder(self, nr_frames: int = 4, *, pool_frames: int = ENOUGH_POOL_FRAMES) -> DomId:
         """Return a domain with zeroed pages at ``HOLDER_GFN``, and no right to more."""
@@ -169,7 +182,18 @@ class ContractHost:
         return self.info(domid).tot_pages
 
     def free_pages(self) -> int:
-        return self.xen.host_info().free_pages
+        """Return how many pages are free, once that does not change any more.
+
+        Xen frees the last pages of a domain from an RCU callback, up to two seconds after it is
+        gone from every list (seen on the rig).
+        """
+        found, since = self.xen.host_info().free_pages, time.monotonic()
+        while time.monotonic() - since < self._quiet_s:
+            time.sleep(0.05)
+            now = self.xen.host_info().free_pages
+            if now != found:
+                found, since = now, time.monotonic()
+        return found
 
     def read(self, domid: DomId, gfn: int, nr_bytes: int, offset_bytes: int = 0) -> bytes:
         mapping = self.xen.map_pages(domid, Gfn(gfn), 1, writable=False)
@@ -190,7 +214,4 @@ class ContractHost:
         """Fail unless free memory comes back to what it was, to the page."""
         before = self.free_pages()
         yield
-        self.wait(
-            lambda: self.free_pages() == before,
-            f"free pages to be {before} again, now {self.free_pages()}",
-        )
+        equal(self.free_pages(), before, "free pages afterwards")

@@ -39,6 +39,8 @@ GARBAGE: Final = 0xA5
 """What a fresh page is full of: page_alloc.c scrubs only what dying domains leave behind."""
 X86_FIRST_POOL_PAGES: Final = 256
 """arch/x86/mm/hap/hap.c hap_enable()"""
+X86_FIXED_POOL_PAGES: Final = 12
+"""hap_enable(): the p2m's root, those of ten nested p2ms, and vCPU 0's monitor table."""
 ARM_FIRST_POOL_PAGES: Final = {(4, 17): 16}
 """arch/arm/p2m.c; none since 4.18."""
 CACHEFLUSH_LIMIT: Final = 1 << 18
@@ -109,6 +111,8 @@ class Domain:
     tables: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     pool_pages: int = 0
     """The paging pool's size, tables in use included."""
+    pool_fixed: int = 0
+    """Pages of the pool that are in use from the start."""
     pauses: int = 1
     creation_finished: bool = False
     shutdown_reason: int | None = None
@@ -119,6 +123,10 @@ class Domain:
     cpu_time_ns: int = 0
     altp2m: bool = False
     overhead_pages: int = DOMAIN_OVERHEAD_PAGES
+
+    @property
+    def pool_in_use(self) -> int:
+        return self.pool_fixed + len(self.tables)
 
     @property
     def running(self) -> bool:
@@ -230,7 +238,8 @@ class SimulatedXen:
         self.leaked_references = 0
         """Arm: foreign pages added twice at one frame, which nothing ever gives back."""
         self.crashed: list[DomId] = []
-        self._maps: set[SimulatedMap] = set()
+        self.open_maps: set[SimulatedMap] = set()
+        """The control domain's mappings."""
         self._lock = threading.RLock()
         self.by_domid: dict[DomId, Domain] = {}
         dom0 = Domain(
@@ -306,7 +315,7 @@ class SimulatedXen:
                         seen[entry.page] = seen.get(entry.page, 0) + 1
                     elif entry.page.owner is not domain:
                         raise ModelViolation("RAM of a domain that another owns")
-            for mapping in self._maps:
+            for mapping in self.open_maps:
                 for page in mapping._pages:
                     seen[page] = seen.get(page, 0) + 1
             lost = 0
@@ -347,14 +356,14 @@ class SimulatedXen:
     def drop_map(self, mapping: SimulatedMap, pages: Sequence[Page]) -> None:
         """Undo a mapping of the control domain."""
         with self._lock:
-            self._maps.discard(mapping)
+            self.open_maps.discard(mapping)
             for page in pages:
                 self._put(page)
             self._check_conservation()
 
     def close_maps(self) -> None:
         """What the kernel does to a process that dies."""
-        for mapping in tuple(self._maps):
+        for mapping in tuple(self.open_maps):
             mapping.close()
 
     # -- p2m ------------------------------------------------------------------------------------
@@ -364,7 +373,7 @@ class SimulatedXen:
         key = (shift, gfn >> shift)
         if key in domain.tables:
             return True
-        if len(domain.tables) >= domain.pool_pages:
+        if domain.pool_in_use >= domain.pool_pages:
             return False
         domain.tables.add(key)
         return True
@@ -466,7 +475,10 @@ class SimulatedXen:
             )
             if self.free_pages < pool + DOMAIN_OVERHEAD_PAGES:
                 raise failure("xc_domain_create", None, errno.ENOMEM)
-            domain = Domain(domid=self._free_domid(), uuid=uuid, hvm=hvm, hap=hap, pool_pages=pool)
+            domain = Domain(
+                domid=self._free_domid(), uuid=uuid, hvm=hvm, hap=hap, pool_pages=pool,
+                pool_fixed=X86_FIXED_POOL_PAGES if self.arch is Arch.X86_64 else 0,
+            )  # fmt: skip
             self.free_pages -= pool + DOMAIN_OVERHEAD_PAGES
             self.by_domid[domain.domid] = domain
             self._check_conservation()
@@ -567,14 +579,11 @@ class SimulatedXen:
             if size_bytes % PAGE_SIZE:
                 raise failure(call, domid, errno.EINVAL)
             wanted = size_bytes // PAGE_SIZE
-            in_use = len(domain.tables)
-            # x86 takes what the p2m has out of the sum first, and so shrinks to it and is content.
-            fits = wanted >= in_use or self.arch is Arch.X86_64
-            reached = max(wanted, in_use)
-            reached = min(reached, max(domain.pool_pages, 0) + self.free_pages)
+            # "Failed to free enough": all that can be is freed all the same.
+            reached = min(max(wanted, domain.pool_in_use), domain.pool_pages + self.free_pages)
             self.free_pages -= reached - domain.pool_pages
             domain.pool_pages = reached
-            if reached < wanted or not fits:
+            if reached != wanted:
                 raise failure(call, domid, errno.ENOMEM)
 
     # -- a domain's own pages -------------------------------------------------------------------
@@ -690,7 +699,7 @@ class SimulatedXen:
         with self._call("map_pages", domid, first_gfn, nr_frames, writable):
             pages = self._mappable(domid, first_gfn, nr_frames)
             mapping = SimulatedMap(self, pages, writable=writable)
-            self._maps.add(mapping)
+            self.open_maps.add(mapping)
             return mapping
 
     # -- a guest's frames -----------------------------------------------------------------------
@@ -713,8 +722,6 @@ class SimulatedXen:
                     continue
                 for undone in done:
                     self._remove_entry(domain, undone)
-                if code == errno.ESRCH:
-                    raise failure(call, guest, code, holder=holder)
                 raise PartialMap(
                     f"Xen refused to map the holder's frame {holder_gfn + index:#x} at frame "
                     f"{gfn:#x} of domain {guest}",
@@ -748,7 +755,8 @@ class SimulatedXen:
             if code:
                 return code
         if not self._tables(domain, gfn, leaf=True):
-            return errno.ENOMEM
+            # arch/arm/mmu/p2m.c __p2m_set_entry(): any failure to get a table is ENOENT there.
+            return errno.ENOMEM if x86 else errno.ENOENT
         page.references += 1
         domain.p2m[gfn] = Entry(page, foreign=True)
         if old is not None and not x86 and old.foreign:

@@ -12,7 +12,7 @@ from typing import Final
 
 from xshmd.config import static_shm
 from xshmd.config.findings import config_error, raise_all
-from xshmd.config.xlcfg import XlConfig, XlList, parse
+from xshmd.config.xlcfg import XlConfig, XlList, parse, shown
 from xshmd.errors import ConfigError
 from xshmd.model import Arch, GuestConfig, GuestType, RegionRequest
 
@@ -143,7 +143,7 @@ class _Reader:
         for word in words:
             if word.startswith(text):
                 return GuestType.PV if word == "generic" else GuestType(word)
-        self._wrong(key, f"'{text[:40]}' is not known", f"possible are {', '.join(words)}")
+        self._wrong(key, f"'{shown(text)}' is not known", f"possible are {', '.join(words)}")
         return None
 
     def no_shim(self) -> None:
@@ -176,7 +176,7 @@ class _Reader:
         number = c_long(mode)
         if number is None or not 0 <= number < len(ALTP2M_MODES):
             self._wrong(
-                "altp2m", f"'{mode[:40]}' is not known", f"possible are {', '.join(ALTP2M_MODES)}"
+                "altp2m", f"'{shown(mode)}' is not known", f"possible are {', '.join(ALTP2M_MODES)}"
             )
             return False
         return number != 0
@@ -188,7 +188,7 @@ class _Reader:
         number = c_long(text)
         if number is None:
             self._wrong(
-                key, f"'{text[:40]}' is not a number", "xl would ignore it; write a plain number"
+                key, f"'{shown(text)}' is not a number", "xl would ignore it; write a plain number"
             )
         elif self._config[key].added:
             self._wrong(key, "xl takes no number from '+='", "write it with '='")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 from xshmd.config.findings import config_error
-from xshmd.config.xlcfg import XlSetting, XlString
+from xshmd.config.xlcfg import XlSetting, XlString, shown
 from xshmd.errors import ConfigError
 from xshmd.model import (
     MAX_REGION_ID_LENGTH,
@@ -179,11 +179,11 @@ class _Entry:
             if not key and not equals:
                 self._wrong("there is nothing before, after or between commas", f"as in {EXAMPLE}")
             elif not equals and key in _ROLES:
-                self._wrong(f"'{_show(key)}' stands alone", f"say role={_ROLES[key]}")
+                self._wrong(f"'{shown(key)}' stands alone", f"say role={_ROLES[key]}")
             elif not equals:
-                self._wrong(f"'{_show(key)}' has no value", f"write key=value, as in {EXAMPLE}")
+                self._wrong(f"'{shown(key)}' has no value", f"write key=value, as in {EXAMPLE}")
             elif key not in _KEYS:
-                self._wrong(f"unknown key '{_show(key)}'", _FORMER.get(key) or _did_you_mean(key))
+                self._wrong(f"unknown key '{shown(key)}'", _FORMER.get(key) or _did_you_mean(key))
             elif key in self._values:
                 self._wrong(f"'{key}' is given twice", "leave one of the two out")
             else:
@@ -199,16 +199,16 @@ class _Entry:
 
     def _id(self, text: str) -> str | None:
         if not _ID.fullmatch(text):
-            self._wrong(f"id '{_show(text)}' has other than a-z A-Z 0-9 _", "rename the region")
+            self._wrong(f"id '{shown(text)}' has other than a-z A-Z 0-9 _", "rename the region")
         elif len(text) > MAX_REGION_ID_LENGTH:
-            what = f"id '{_show(text)}' has {len(text)} characters"
+            what = f"id '{shown(text)}' has {len(text)} characters"
             self._wrong(what, f"at most {MAX_REGION_ID_LENGTH} are possible")
         else:
             return text
         return None
 
     def _bytes(self, text: str) -> int | None:
-        said = f"{self._reading}={_show(text)}"
+        said = f"{self._reading}={shown(text)}"
         if not _NUMBER.fullmatch(text):
             hint = "write bytes, decimal or 0x..., without a unit or a leading zero"
             self._wrong(f"{said} is not a number of bytes", hint)
@@ -232,15 +232,10 @@ class _Entry:
         if text not in words:
             close = {word.lower(): word for word in words}.get(text.lower())
             hint = f"say {close}" if close else f"possible are {', '.join(words)}"
-            self._wrong(f"{key}={_show(text)} is not known", hint)
+            self._wrong(f"{key}={shown(text)} is not known", hint)
         return words.get(text)
 
 
 def _did_you_mean(key: str) -> str:
     close = difflib.get_close_matches(key[:40].lower(), _KEYS, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"possible are {', '.join(_KEYS)}"
-
-
-def _show(text: str) -> str:
-    short = text if len(text) <= 40 else text[:37] + "..."
-    return short if short.isprintable() else ascii(short)[1:-1]

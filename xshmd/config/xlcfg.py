@@ -2,10 +2,10 @@
 """The language of xl's configuration files, so that we read in them what xl reads in them.
 
 It looks like Python and is not: this follows ``tools/libs/util/libxlu_cfg_{l.l,y.y}`` and
-``libxlu_cfg.c`` (the same in Xen 4.17 to 4.22) token by token; ``tests/differential/`` holds it
-against the real library.  Where we are stricter than xl on purpose: NUL bytes (which abort xl),
-``\\0``..``\\7`` escapes (which xl accepts and turns into nothing), text that is not UTF-8, and the
-limits below.
+``libxlu_cfg.c`` (the same in Xen 4.17 to 4.22) token by token, and
+``tests/test_config_xlcfg_differential.py`` holds it against the real library.  We are stricter than
+xl on purpose with NUL bytes (which abort xl), ``\\0``..``\\7`` escapes (which xl turns into nothing
+where it accepts them), text that is not UTF-8, and the limits below.
 """
 
 from __future__ import annotations
@@ -131,6 +131,12 @@ def _render_value(value: Plain) -> str:
     return f"[\n    {items},\n]" if items else "[]"
 
 
+def shown(text: str) -> str:
+    """Return the user's text as a message may have it: short, without control characters."""
+    short = text if len(text) <= 40 else text[:37] + "..."
+    return short if short.isprintable() else ascii(short)[1:-1]
+
+
 _ESCAPES: Final = {
     '"': '"', "'": "'", "\\": "\\",
     "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v",
@@ -162,9 +168,7 @@ class _Token:
     def __str__(self) -> str:
         if self.kind == "newline":
             return "a comment" if self.text.startswith("#") else "the end of the line"
-        return (
-            "the end of the file" if self.kind == "end" else f"'{_printable(_shorten(self.text))}'"
-        )
+        return "the end of the file" if self.kind == "end" else f"'{shown(self.text)}'"
 
 
 def _decode(text: str | bytes, file: str) -> str:
@@ -188,15 +192,6 @@ def _decode(text: str | bytes, file: str) -> str:
 
 def _fail(file: str, line: int, what: str, hint: str) -> NoReturn:
     raise ConfigUnreadable(f"{file}:{line}: {what}", hint=hint, file=file, line=line)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _printable(text: str) -> str:
-    # A log or a terminal must not get control characters raw.
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 class _Parser:
@@ -227,7 +222,7 @@ class _Parser:
         self._next()
         operator = self._token.kind
         if operator not in ("=", "+="):
-            self._expected(f"'=' or '+=' after '{_shorten(key.text)}'")
+            self._expected(f"'=' or '+=' after '{shown(key.text)}'")
         self._next()
         value = self._value(0)
         before = settings.get(key.text)
@@ -312,7 +307,7 @@ class _Parser:
     def _garbage(self) -> NoReturn:
         char = self._text[self._at]
         rest = _GARBAGE.match(self._text, self._at)
-        shown = f"'{_printable(_shorten(rest[0] if rest else char))}'"
+        found = f"'{shown(rest[0] if rest else char)}'"
         if char == "#":
             what = "the comment in the last line has no end of line"
             hint = "end the file with a newline, or xl refuses it"
@@ -322,12 +317,12 @@ class _Parser:
             what = "there is a carriage return"
             hint = "save the file with Unix line ends"
         elif char.isascii() and char.isupper():
-            what = f"{shown} cannot stand here: keys and numbers are in lower case"
+            what = f"{found} cannot stand here: keys and numbers are in lower case"
             hint = "put a value with a unit or capital letters in quotes"
         elif char == "\\":
-            what, hint = f"{shown} cannot stand here", "xl has no line continuation"
+            what, hint = f"{found} cannot stand here", "xl has no line continuation"
         else:
-            what, hint = f"{shown} cannot stand here", "a value other than a number needs quotes"
+            what, hint = f"{found} cannot stand here", "a value other than a number needs quotes"
         _fail(self._file, self._line, what, hint)
 
     def _unquote(self, token: _Token) -> str:
@@ -338,7 +333,7 @@ class _Parser:
             _fail(
                 self._file,
                 token.line,
-                f"\\{_printable(char)} is no escape in a string",
+                f"\\{shown(char)} is no escape in a string",
                 "there are \\\\ \\\" \\' \\a \\b \\f \\n \\r \\t \\v; xl cannot read numeric ones",
             )
 

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
     members = [
-        f"{member['guest']}@{render.frame(member['firstFrame'])}" for member in region["members"]
+        f"{member['guest']}@{render.address(member['firstFrame'])}" for member in region["members"]
     ]
     return (
         region["id"],

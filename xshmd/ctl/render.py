@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xshmd.errors import XshmError
+from xshmd.units import Gfn, address_of
 
 
 def complain(error: XshmError) -> None:
@@ -53,6 +54,11 @@ def print_table(
 def frame(gfn: int) -> str:
     """Say a frame number as Xen's own messages do."""
     return f"{gfn:#x}"
+
+
+def address(first_gfn: int) -> str:
+    """Say where a frame begins, in bytes, as configurations do."""
+    return f"{address_of(Gfn(first_gfn)):#x}"
 
 
 def frames(first_gfn: int, nr_frames: int) -> str:

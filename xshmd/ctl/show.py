@@ -69,7 +69,8 @@ def _member(member: dict[str, Any]) -> str:
     domain = "no domain" if domid is None else f"domain {domid}"
     text = (
         f"{member['guest']} ({domain}, {member['state']}): {member['role']} {member['prot']} "
-        f"at frames {render.frames(member['firstFrame'], member['frameCount'])}"
+        f"at {render.address(member['firstFrame'])}, "
+        f"frames {render.frames(member['firstFrame'], member['frameCount'])}"
     )
     if member["offsetFrames"]:
         text += f", from the region's frame {render.frame(member['offsetFrames'])} on"

@@ -53,6 +53,21 @@ def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
     return tuple(wanted)
 
 
+def check(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> None:
+    """Prove that everything can be mapped; change nothing.
+
+    To be done, and written down as done, before :func:`attach` is first called: afterwards nobody
+    can tell what we mapped from what was there before.
+
+    Raises:
+        DomainGone: the guest ended meanwhile.
+        Refused, Conflict: why it cannot be.
+    """
+    _verify_guest(xen, guest, wanted)
+    for mapping in wanted:
+        _check_empty(xen, guest, mapping.request)
+
+
 def attach(
     xen: Hypervisor, guest: Guest, holder: Holder, wanted: Sequence[Mapping], *, again: bool
 ) -> None:
@@ -60,7 +75,7 @@ def attach(
 
     Args:
         xen: The hypervisor.
-        guest: The guest, held still by a pause of ours.
+        guest: The guest, held still by a pause of ours; :func:`check` found nothing against it.
         holder: Its holder, anchored and verified a moment ago.
         wanted: What to map.
         again: True if an earlier attempt may have done some of it: then what is there is removed
@@ -75,8 +90,6 @@ def attach(
     if again:
         for mapping in wanted:
             xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
-    for mapping in wanted:
-        _check_empty(xen, guest, mapping.request)
     enlarge_paging_pool(xen, guest.domid, [mapping.request.nr_frames for mapping in wanted])
     _verify_holder(xen, holder)
     done: list[Mapping] = []

@@ -74,8 +74,7 @@ class Gate:
                 try:
                     await self._handle(event.path, on_change, at_start=not started)
                 except XshmError as error:
-                    # One domain's trouble is not the gate's.  After a lost connection the watch
-                    # fires for all of /libxl again.
+                    # After a lost connection the watch fires for all of /libxl again.
                     log.warning("gate could not look", path=event.path, reason=error.one_line())
                 if not started:
                     started = True
@@ -91,7 +90,10 @@ class Gate:
                 del self._seen[gone]
         for domid in domids:
             if domid not in self._seen or (match is not None and match[2] is None):
-                await self._look_at(domid, at_start=at_start)
+                try:
+                    await self._look_at(domid, at_start=at_start)
+                except HypercallFailed as error:  # one domain's trouble is not the others'
+                    log.warning("gate could not hold", domid=domid, reason=error.one_line())
         if match is None or match[2] is None:
             on_change()
 

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from xshmd.engine import records
-from xshmd.engine.attach import attach, mappings
+from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
@@ -25,7 +25,7 @@ from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Guest, GuestConfig, GuestState
 from xshmd.policy.plan import GuestPlan, plan_guest
 from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
-from xshmd.units import bytes_of, human_size
+from xshmd.units import DomId, bytes_of, human_size
 
 log = structlog.get_logger()
 
@@ -61,16 +61,11 @@ class Passage:
         self.failures: dict[str, XshmError] = {}
         """Why a guest of this name was last refused; until one of that name comes again."""
         self._prepared: set[str] = set()
-        self._tried: set[str] = set()
         self._released: set[str] = set()
-
-    def mark_tried(self, generation: str) -> None:
-        """Say that an earlier life may have mapped something for this guest already."""
-        self._tried.add(generation)
 
     def forget(self, guest: Guest) -> None:
         """Drop what is remembered of a guest that is through or gone."""
-        for memory in (self._prepared, self._tried, self._released):
+        for memory in (self._prepared, self._released):
             memory.discard(guest.generation)
 
     # -- what it is to have ---------------------------------------------------------------------
@@ -87,7 +82,7 @@ class Passage:
         self._declared.pop(name, None)
 
     async def _config_of(self, guest: Guest) -> GuestConfig | None:
-        if guest.state is GuestState.ATTACHING:  # begun in an earlier life of ours
+        if guest.state is not GuestState.HELD:  # begun before we, or xenstored, went away
             return GuestConfig(name=guest.name, uuid=guest.uuid, requests=guest.requests)
         declared, until = self._declared.get(guest.name, (None, 0.0))
         if declared is not None and until > self._clock.now():
@@ -101,15 +96,22 @@ class Passage:
             lambda: self._finder.find(name=guest.name, uuid=guest.uuid)
         )
 
-    async def _plan(self, config: GuestConfig) -> GuestPlan:
+    async def _plan(self, config: GuestConfig, domid: DomId | None = None) -> GuestPlan:
         host = await self._worker.run(self._xen.host_info)
+        info = None if domid is None else await self._worker.run(self._xen.domain_info, domid)
         known = await trio.to_thread.run_sync(self._finder.known)
-        return plan_guest(config, host=host, snapshot=self._ledger.snapshot(), known=known)
+        return plan_guest(
+            config,
+            host=host,
+            snapshot=self._ledger.snapshot(),
+            known=known,
+            gpaddr_bits=info.gpaddr_bits if info else 0,
+        )
 
     # -- the steps ------------------------------------------------------------------------------
 
     async def advance(self, guest: Guest) -> Guest | None:
-        """Take a HELD or ATTACHING guest as far as it can go now.
+        """Take a guest that is not ATTACHED yet as far as it can go now.
 
         Returns:
             The guest as it is now; None if it is through with us: let go, doomed or gone.
@@ -125,9 +127,19 @@ class Passage:
                 guest = prepared
                 self._prepared.add(guest.generation)
             return await self._attach_if_built(guest)
-        except (DomainGone, *StoreTrouble):
+        except StoreTrouble:
             raise
         except XshmError as error:
+            if isinstance(error, DomainGone):
+                info = await self._worker.run(self._xen.domain_info, guest.domid)
+                if info is None or info.uuid != guest.uuid:
+                    raise
+                # It lives, so what is gone is its holder.
+                error = Conflict(
+                    f"the holder of guest {guest.name} went away while it was made: "
+                    f"{error.message}",
+                    hint="start the guest again",
+                )
             await self._refuse(self._ledger.guest(guest.generation) or guest, error)
             return None
 
@@ -137,6 +149,10 @@ class Passage:
             name = await self._store.read(f"/local/domain/{guest.domid}/name") or ""
             guest = self._ledger.know(dataclasses.replace(guest, name=name))
             self.failures.pop(name, None)
+        for region in self._ledger.regions:
+            if not region.ready:
+                # Between two pieces of work nothing is half made: a lost xenstored left it so.
+                await self._holders.free_region(region)
         config = await self._config_of(guest)
         if config is None or not config.requests:
             await self._let_go(guest)
@@ -147,7 +163,7 @@ class Passage:
                 hint="start it with `xshmctl create`, which is never too late",
                 domid=guest.domid,
             )
-        plan = await self._plan(config)
+        plan = await self._plan(config, guest.domid)
         return await self._make(guest, plan)
 
     async def _make(self, guest: Guest, plan: GuestPlan) -> Guest:
@@ -164,7 +180,8 @@ class Passage:
         guest = await self._ledger.put_guest(
             dataclasses.replace(
                 guest,
-                state=GuestState.ATTACHING,
+                # A guest whose maps may be half done stays marked as such.
+                state=GuestState.ATTACHING if guest.state is GuestState.HELD else guest.state,
                 holder_uuid=holder.uuid,
                 requests=plan.requests,
             ),
@@ -189,8 +206,7 @@ class Passage:
         if guest.generation not in self._released:
             if not await self._store.is_introduced(guest.domid):
                 return guest
-            await self._map(guest)
-            await self._store.write_many(records.published(guest))
+            guest = await self._map(guest)
             self._released.add(guest.generation)
             await self._gate.unpause(guest)
         attached = await self._ledger.put_guest(
@@ -212,7 +228,7 @@ class Passage:
         )
         return attached
 
-    async def _map(self, guest: Guest) -> None:
+    async def _map(self, guest: Guest) -> Guest:
         holder = self._ledger.holder(guest.holder_uuid)
         if holder is None:
             raise Conflict(
@@ -220,9 +236,14 @@ class Passage:
             )
         await self._holders.verify(holder)
         wanted = mappings(guest, {region.region_id: region for region in self._ledger.regions})
-        again = guest.generation in self._tried
-        self._tried.add(guest.generation)
+        again = guest.state is GuestState.MAPPING
+        if not again:
+            await self._worker.run(check, self._xen, guest, wanted)
+            guest = await self._ledger.put_guest(
+                dataclasses.replace(guest, state=GuestState.MAPPING), also=records.published(guest)
+            )
         await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+        return guest
 
     async def _let_go(self, guest: Guest) -> None:
         if guest.generation not in self._released:
@@ -237,8 +258,6 @@ class Passage:
     async def _refuse(self, guest: Guest, error: XshmError) -> None:
         """The guest cannot have its regions, so it must not run."""
         log.error("guest refused", guest=guest.name, domid=guest.domid, reason=error.one_line())
-        for note in getattr(error, "__notes__", ()):
-            log.error("guest refused", guest=guest.name, domid=guest.domid, reason=note)
         self.failures[guest.name] = error
         while len(self.failures) > FAILURES_KEPT:
             self.failures.pop(next(iter(self.failures)))

@@ -89,10 +89,7 @@ class Reconciler:
         """Recover, then serve for ever."""
         for unreadable in await self._ledger.load():
             log.error("record unreadable", reason=unreadable.one_line())
-        for guest in await recover(
-            self._xen, self._worker, self._holders, self._ledger, self._gate, self._clock
-        ):
-            self._passage.mark_tried(guest.generation)
+        await recover(self._xen, self._worker, self._holders, self._ledger, self._gate, self._clock)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -203,7 +200,11 @@ class Reconciler:
             info = domains.get(guest.domid)
             if info is None or info.uuid != guest.uuid or info.dying:
                 await self._end(guest)
-            elif guest.state in (GuestState.HELD, GuestState.ATTACHING):
+            elif guest.state is GuestState.DOOMED:
+                await self._passage.finish_doom(guest)
+                if self._options.destroy_on_failure:
+                    await self._end(guest)
+            elif guest.state is not GuestState.ATTACHED:
                 try:
                     if await self._passage.advance(guest) is None:
                         self._hint()
@@ -233,18 +234,20 @@ class Reconciler:
     async def _answer_shutdown(self, holder: Holder) -> None:
         """Play the guest's part in ``xl shutdown``, so that ``xl shutdown -a`` does not wait."""
         path = f"/local/domain/{holder.domid}/control/shutdown"
-        async with self._store.watch(path) as events:
-            async for _ in events:
-                with contextlib.suppress(XshmError):
-                    asked = await self._store.read(path)
-                    if asked is None:
-                        return  # its nodes go when it does
-                    if asked:
-                        await self._store.write(path, "")
-                        # Shows as shut down and goes on holding: frames and maps are untouched.
-                        await self._lookout.run(
-                            self._xen.shut_down, holder.domid, SHUTDOWN_POWEROFF
-                        )
+        while self._ledger.holder(holder.uuid) is not None:
+            with contextlib.suppress(XshmError):
+                async with self._store.watch(path) as events:
+                    async for _ in events:
+                        asked = await self._store.read(path)
+                        if asked is None:
+                            return  # its nodes go when it does
+                        if asked:
+                            await self._store.write(path, "")
+                            # Shows as shut down and goes on holding: its frames are untouched.
+                            await self._lookout.run(
+                                self._xen.shut_down, holder.domid, SHUTDOWN_POWEROFF
+                            )
+            await trio.sleep(AGAIN_S)
 
     # -- what clients ask -----------------------------------------------------------------------
 

@@ -27,16 +27,15 @@ log = structlog.get_logger()
 
 async def recover(
     xen: Hypervisor, worker: XenWorker, holders: Holders, ledger: Ledger, gate: Gate, clock: Clock
-) -> tuple[Guest, ...]:
-    """Make the ledger true; return the guests whose maps may be half done.
+) -> None:
+    """Make the ledger true.
 
-    Guests left HELD or ATTACHING stay so, with exactly one pause of ours on them, for the
+    Guests left HELD, ATTACHING or MAPPING stay so, with exactly one pause of ours on them, for the
     reconciler to take on from the start of that step; the DOOMED likewise, for it to destroy.
     """
     domains = {info.domid: info for info in await worker.run(xen.domains)}
     await _recover_holders(holders, ledger)
     await _recover_regions(holders, ledger)
-    half_done: list[Guest] = []
     for guest in ledger.guests:
         if guest.state is GuestState.REBOOTING:
             continue
@@ -45,13 +44,11 @@ async def recover(
             await _vanished(ledger, guest, clock)
             continue
         gate.adopt(guest)
-        if guest.state not in (GuestState.HELD, GuestState.ATTACHING):
+        if guest.state in (GuestState.ATTACHED, GuestState.DOOMED):
             continue
         if not await _hold_again(xen, worker, gate, guest, info):
             await _ran_on(ledger, guest)
-        elif guest.state is GuestState.ATTACHING:
-            half_done.append(guest)
-        elif info.cpu_time_ns:
+        elif guest.state is GuestState.HELD and info.cpu_time_ns:
             gate.had_run.add(guest.generation)
     recorded = {holder.uuid for holder in ledger.holders}
     for info in domains.values():
@@ -61,7 +58,6 @@ async def recover(
                 domid=info.domid,
                 reason="its guests keep their memory; when they have ended, `xl destroy` it",
             )
-    return tuple(half_done)
 
 
 async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
@@ -133,7 +129,7 @@ def pause_count(xen: Hypervisor, domid: DomId) -> int:
 
 
 async def _ran_on(ledger: Ledger, guest: Guest) -> None:
-    if guest.state is GuestState.ATTACHING:
+    if guest.state is GuestState.MAPPING:
         # Unpausing it was the last thing done before its record would have said so.
         await ledger.put_guest(dataclasses.replace(guest, state=GuestState.ATTACHED))
         return

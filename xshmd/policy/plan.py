@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from xshmd.errors import combined
 from xshmd.model import GuestConfig, HostInfo, Lifetime, RegionRequest, Role, Snapshot
 from xshmd.policy import rules
 from xshmd.policy.grouping import choose_holder
@@ -40,17 +41,29 @@ class GuestPlan:
 
 
 def plan_guest(
-    config: GuestConfig, *, host: HostInfo, snapshot: Snapshot, known: Sequence[GuestConfig]
+    config: GuestConfig,
+    *,
+    host: HostInfo,
+    snapshot: Snapshot,
+    known: Sequence[GuestConfig],
+    gpaddr_bits: int = 0,
 ) -> GuestPlan:
     """Return how this guest gets its regions.
 
+    Args:
+        config: What it asks for.
+        host: The machine and its Xen.
+        snapshot: What exists.
+        known: What other configurations on this host say.
+        gpaddr_bits: The domain's width of addresses if it exists already, else 0.
+
     Raises:
-        ConfigError, Refused, Conflict: the first broken rule; the others are in its notes.
+        ConfigError, Refused, Conflict: the broken rules, all of them in one error.
     """
     others = tuple(other for other in known if other.name != config.name)
     by_id = {region.region_id: region for region in snapshot.regions}
     said_elsewhere = rules.claims(snapshot.guests, others)
-    broken = list(rules.check_guest(config, host))
+    broken = list(rules.check_guest(config, host, gpaddr_bits=gpaddr_bits))
     for request in config.requests:
         broken += rules.check_region(
             rules.Claim(guest=config.name, request=request),
@@ -58,10 +71,7 @@ def plan_guest(
             others=said_elsewhere,
         )
     if broken:
-        first, *rest = broken
-        for other in rest:
-            first.add_note(other.one_line())
-        raise first
+        raise combined(broken)
     return GuestPlan(
         config=config,
         holder_uuid=choose_holder(

@@ -18,6 +18,7 @@ from xshmd.model import (
     CachePolicy,
     Guest,
     GuestConfig,
+    GuestState,
     GuestType,
     HostInfo,
     Place,
@@ -118,7 +119,7 @@ def pv_guest(config: GuestConfig) -> Refused | None:
     return _refused(
         _place(config),
         f"guest '{config.name}' is a PV guest, whose memory xshmd cannot map anything into",
-        'say type="pvh" or type="hvm" (xl takes a guest without a type for PV on x86)',
+        'say type="pvh" or type="hvm"; on x86 xl makes a guest without a type a PV guest',
     )
 
 
@@ -278,11 +279,13 @@ class Claim:
 def claims(guests: Sequence[Guest], configs: Sequence[GuestConfig]) -> tuple[Claim, ...]:
     """Gather who says what: the guests there are, and the configurations of those there are not.
 
-    A guest that exists counts as it was made, not as its file reads now.
+    A guest that exists counts as it was made, not as its file reads now; one that is being
+    destroyed for want of its regions does not exist.
     """
-    names = {guest.name for guest in guests}
-    uuids = {guest.uuid for guest in guests}
-    found = [Claim(guest=guest.name, request=one) for guest in guests for one in guest.requests]
+    there = [guest for guest in guests if guest.state is not GuestState.DOOMED]
+    names = {guest.name for guest in there}
+    uuids = {guest.uuid for guest in there}
+    found = [Claim(guest=guest.name, request=one) for guest in there for one in guest.requests]
     for config in configs:
         if config.name not in names and config.uuid not in uuids:
             found += [Claim(guest=config.name, request=one) for one in config.requests]

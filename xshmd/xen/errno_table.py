@@ -14,6 +14,9 @@ from xshmd.errors import DomainGone, Fact, HypercallFailed, XenUnavailable
 from xshmd.units import DomId
 
 ANY_CALL: Final = ""
+_POOL: Final = (
+    "the guest's paging pool is too small: say a larger shadow_memory in its configuration"
+)
 
 _HINTS: Final[dict[tuple[str, int], str]] = {
     (ANY_CALL, errno.ESRCH): "the domain has ended meanwhile",
@@ -31,9 +34,10 @@ _HINTS: Final[dict[tuple[str, int], str]] = {
     ),
     # p2m_add_foreign() -> guest_remove_page(), xen/arch/x86/mm/p2m.c
     ("XENMEM_add_to_physmap_batch", errno.ENXIO): "something is mapped at that frame already",
-    ("XENMEM_add_to_physmap_batch", errno.ENOMEM): (
-        "the guest's paging pool is too small: say a larger shadow_memory in its configuration"
-    ),
+    # What an empty paging pool is called on x86, and on Arm (xen/arch/arm/mmu/p2m.c,
+    # __p2m_set_entry()).
+    ("XENMEM_add_to_physmap_batch", errno.ENOMEM): _POOL,
+    ("XENMEM_add_to_physmap_batch", errno.ENOENT): _POOL,
     ("XENMEM_add_to_physmap_batch", errno.ENODATA): "Xen reported success and did nothing",
     (
         "xc_domain_set_target",

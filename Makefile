@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Everything here runs on a Debian 12 or 13 machine as root, with nothing but python3, make and git on
+# it: what else is needed is installed or built into a cache outside the clone (XSHMD_CACHE).
+
+ARCH ?= arm64
+TEST_ARCHES ?= arm64 x86_64
+PY = $$(python3 -m integration.hostenv)
+
+.PHONY: help demo shell test lint unit unit-debian rig rig-% bench clean
+
+help:
+	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
+	@echo 'make test                  everything: lint, types, unit tests, scenarios on real Xen'
+	@echo 'make lint | unit | unit-debian | rig-arm64 | rig-x86_64     the parts of it'
+	@echo 'make bench [ARCH=...]      the published figures'
+	@echo 'make shell [ARCH=...]      a shell in a dom0 with xshmd installed'
+
+demo:
+	@python3 -m integration.demo --arch $(ARCH) $(if $(filter 1,$(STAY)),--shell)
+
+shell:
+	@python3 -m integration shell --arch $(ARCH)
+
+test: lint unit unit-debian rig
+
+lint:
+	@set -e; py=$(PY); \
+	$$py -m ruff check .; $$py -m ruff format --check .; $$py -m mypy
+
+unit:
+	@set -e; py=$(PY); $$py -m pytest tests
+
+# The same tests on Debian 13's Python and library versions, beside the compiled binding.
+unit-debian:
+	@python3 -m integration.debian13
+
+rig: $(addprefix rig-,$(TEST_ARCHES))
+
+rig-%:
+	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios --arch $*
+
+bench:
+	@set -e; py=$(PY); $$py -m integration.bench --arch $(ARCH)
+
+clean:
+	rm -rf artefacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One boot serves all scenarios of an architecture, and each gives the machine back unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from integration import Machine
+from integration.arch import ARCHES
+from integration.scenarios.guest import Entry
+from integration.scenarios.host import CONFIGS, Host, artefacts
+
+DEFAULT_ARCHES = ("arm64", "x86_64")
+SESSION_LIMIT_S = 1800
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--arch", action="append", choices=tuple(ARCHES), default=None,
+        help="the architecture to boot; may be given twice (default: both)",
+    )  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "arch" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--arch") or DEFAULT_ARCHES
+    only = {mark.args[0] for mark in metafunc.definition.iter_markers("arch")}
+    arches = [arch for arch in DEFAULT_ARCHES if arch in chosen and (not only or arch in only)]
+    metafunc.parametrize("arch", arches, scope="session")
+
+
+@pytest.fixture(scope="session")
+def host(arch: str) -> Iterator[Host]:
+    """The machine, with a daemon that has seen guests come and go."""
+    with Machine(arch, artefacts=artefacts(arch), time_limit_s=SESSION_LIMIT_S) as machine:
+        machine.dom0.run(f"mkdir -p {CONFIGS} /etc/xen /etc/xshmd/guests.d")
+        host = Host(machine)
+        host.start_daemon()
+        _warm_up(host)
+        try:
+            yield host
+        finally:
+            host.close()
+
+
+def _warm_up(host: Host) -> None:
+    """Let Xen, dom0 and libxl allocate once what they keep: from then on pages can be counted."""
+    guest = host.guest("warm", Entry(host.unique("warm"), host.at))
+    host.create(guest)
+    host.wait_said(guest, "hello .*")
+    host.destroy(guest)
+    host.wait(lambda: not host.regions(), "the warm-up's region is gone")
+    host.clean_up()
+
+
+@pytest.fixture(autouse=True)
+def as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every scenario leaves the machine as it found it: to the page, the domain and the node."""
+    if "host" not in request.fixturenames:
+        yield
+        return
+    host: Host = request.getfixturevalue("host")
+    if not host.daemon_runs:
+        host.start_daemon()
+    before = host.state()
+    yield
+    host.clean_up()
+    if not host.daemon_runs:
+        host.start_daemon()
+    difference = host.wait_state(before)
+    assert not difference, f"the machine is not as it was:\n{difference}"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A scenario says what its guests are, not how an xl configuration is written: that is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PAGE = 4096
+MIB = 1 << 20
+MASK = (1 << 64) - 1
+
+
+def tag(page: int, seed: int) -> int:
+    """What the guests' `fill` writes twice into a page (region_tag in guests/region.h)."""
+    return (((seed << 32) + page + 1) * 0x9E3779B97F4A7C15) & MASK
+
+
+FREE_WORD = 0
+"""Offset in a region that no guest writes; `peek` says what is there."""
+FILLED = 64
+"""Offset of the word by which `await-fill` knows that `fill` is done."""
+
+
+def filled(seed: int) -> int:
+    """What is at FILLED then."""
+    return 0x5853484D << 32 | seed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of static_shm."""
+
+    region: str
+    at: int
+    size: int = MIB
+    role: str = "owner"
+    more: str = ""
+
+    def __str__(self) -> str:
+        text = f"id={self.region}, begin={self.at:#x}, size={self.size:#x}, role={self.role}"
+        return f"{text}, {self.more}" if self.more else text
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A guest, as its configuration file says it.
+
+    Attributes:
+        name: unique in a session, so that its log is its own.
+        entries: its static_shm; a text is taken as it is.
+        do: the verbs of integration/guests/README.md.
+        linux: whether it is Linux instead of the bare-metal guest.
+        shm: what it is told of its regions, if not what its entries say.
+        lines: further lines of the configuration.
+    """
+
+    name: str
+    arch: str
+    entries: tuple[Entry | str, ...] = ()
+    do: str = "stay"
+    slot: int = 0
+    peer_slot: int | None = None
+    seed: int = 7
+    ticks: int = 100
+    linux: bool = False
+    memory_mib: int = 0
+    type: str = "pvh"
+    shm: str | None = None
+    lines: tuple[str, ...] = field(default=())
+
+    @property
+    def words(self) -> str:
+        """Its command line."""
+        told = self.shm
+        if told is None:
+            regions = [e for e in self.entries if isinstance(e, Entry)]
+            told = " ".join(f"shm={e.at:#x},{e.size:#x}" for e in regions)
+        words = [f"name={self.name}", told, f"do={self.do}", f"slot={self.slot}"]
+        words += [f"seed={self.seed}", f"ticks={self.ticks}"]
+        if self.peer_slot is not None:
+            words.append(f"peer-slot={self.peer_slot}")
+        if self.linux:
+            words = ["console=hvc0", "iomem=relaxed", "loglevel=3", *words]
+        return " ".join(word for word in words if word)
+
+    def config(self) -> str:
+        """The text of its xl configuration."""
+        memory = self.memory_mib or (160 if self.linux else 8)
+        lines = [f'name = "{self.name}"', f'type = "{self.type}"']
+        if self.linux:
+            lines += ['kernel = "/rig/guests/vmlinuz"', 'ramdisk = "/rig/guests/linux.cpio.gz"']
+        else:
+            lines += ['kernel = "/rig/guests/baremetal"']
+        lines += [f'extra = "{self.words}"', f"memory = {memory}", "vcpus = 1"]
+        if self.arch == "arm64":
+            lines += ['vuart = "sbsa_uart"']
+        else:
+            # Emulated SVM: RDTSCP cannot be intercepted, and dom0 has CPU 0 to itself.
+            lines += ['tsc_mode = "native"', 'cpus = "1"']
+        lines += self.lines
+        if self.entries:
+            lines += ["static_shm = [", *(f'    "{entry}",' for entry in self.entries), "]"]
+        return "\n".join((*lines, ""))
+
+    def entry_line(self, index: int) -> int:
+        """The line of the configuration that has this entry of static_shm."""
+        before = self.config().splitlines().index("static_shm = [") + 1
+        return before + 1 + index

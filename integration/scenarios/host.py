@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A scenario speaks of guests, regions and the daemon: `Host` is the machine in those words."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import json
+import queue
+import re
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from integration import Completed, Dom0Error, Machine
+from integration.dom0 import Running
+from integration.scenarios.guest import Entry, Guest
+
+T = TypeVar("T")
+
+WAIT_S = 60.0
+"""How long anything may take that ought to take a moment, on an emulated machine under load."""
+SETTLE_S = 45.0
+GRACE_S = 15
+"""How long the daemon under test waits for a guest that rebooted."""
+SOCKET = "/run/xshmd/io.xshmd.Regions"
+ETC = "/etc/xen"
+CONFIGS = "/root/guests"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What must be the same before a scenario and after it."""
+
+    free_pages: int
+    domains: tuple[str, ...]
+    store: tuple[str, ...]
+    files: tuple[str, ...]
+    toolstacks: int
+
+    def difference(self, other: State) -> str:
+        """What differs in `other`, for a person; empty if nothing does."""
+        parts = []
+        if other.free_pages != self.free_pages:
+            parts.append(f"free pages: {self.free_pages} before, {other.free_pages} after")
+        if other.toolstacks != self.toolstacks:
+            parts.append(f"xl processes: {self.toolstacks} before, {other.toolstacks} after")
+        for name in ("domains", "store", "files"):
+            before, after = set(getattr(self, name)), set(getattr(other, name))
+            parts += [f"{name}: + {line}" for line in sorted(after - before)]
+            parts += [f"{name}: - {line}" for line in sorted(before - after)]
+        return "\n".join(parts)
+
+
+class Host:
+    """A booted machine with xshmd on it.
+
+    Attributes:
+        arch: "arm64" or "x86_64".
+        dom0: the command channel.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.arch = machine.arch
+        self.dom0 = machine.dom0
+        self.artefacts = machine.artefacts
+        self._numbers = itertools.count(1)
+        self._log = bytearray()
+        self._log_file = (self.artefacts / "xshmd.log").open("wb")
+        self._daemon: Running | None = None
+        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._asking = threading.Lock()
+        self._partial = bytearray()
+        self.created: list[Guest] = []
+        self._probe = self.dom0.spawn(
+            ["python3", "-I", "/rig/xen-probe.py", "serve"], stdin=True, on_output=self._heard
+        )
+        self._answer()
+
+    # -- addresses ------------------------------------------------------------------------------
+
+    @property
+    def at(self) -> int:
+        """Where regions of this architecture go by default."""
+        return 0x3A000000 if self.arch == "arm64" else 0x10_0000_0000
+
+    @property
+    def at_elsewhere(self) -> int:
+        """Another place that is allowed: between Arm's devices, or between x86's RAM and 4 GiB."""
+        return 0x0480_0000 if self.arch == "arm64" else 0x4000_0000
+
+    @property
+    def at_large(self) -> int:
+        """Where a region of more than 96 MiB can be."""
+        return 0x1_0000_0000 if self.arch == "arm64" else 0x20_0000_0000
+
+    # -- names and configurations ---------------------------------------------------------------
+
+    def unique(self, base: str) -> str:
+        """A name that nothing else in this session has: of a guest, or of a region."""
+        return f"{base}{next(self._numbers)}"
+
+    def guest(self, base: str, *entries: Entry | str, etc: bool = False, **more: Any) -> Guest:
+        """A guest whose configuration is written to a file; `etc` puts it where xshmd looks."""
+        guest = Guest(name=self.unique(base), arch=self.arch, entries=entries, **more)
+        self.dom0.put(self.config_path(guest, etc=etc), guest.config())
+        return guest
+
+    def config_path(self, guest: Guest, *, etc: bool = False) -> str:
+        return f"{ETC if etc else CONFIGS}/{guest.name}.cfg"
+
+    # -- xl -------------------------------------------------------------------------------------
+
+    def xl(self, *words: str, check: bool = True, timeout_s: float = 120) -> Completed:
+        return self.dom0.run(["xl", *words], check=check, timeout_s=timeout_s)
+
+    def create(
+        self, guest: Guest, *words: str, etc: bool = False, check: bool = True
+    ) -> Completed:
+        """Plain `xl create`."""
+        self.created.append(guest)
+        return self.xl("create", *words, self.config_path(guest, etc=etc), check=check)
+
+    def start_creating(self, guest: Guest, etc: bool = False) -> Running:
+        """`xl create`, not waited for."""
+        self.created.append(guest)
+        words = ["xl", "create", self.config_path(guest, etc=etc)]
+        return self.dom0.spawn(words, timeout_s=180)
+
+    def destroy(self, *guests: Guest) -> None:
+        for guest in guests:
+            self.xl("destroy", guest.name)
+
+    def domid(self, guest: Guest) -> int | None:
+        """The domain that has this guest's name now."""
+        done = self.xl("domid", guest.name, check=False)
+        return int(done.text) if done.status == 0 else None
+
+    def domain(self, domid: int) -> dict[str, Any] | None:
+        """What Xen says of a domain."""
+        return next((d for d in self.ask("domains") if d["domid"] == domid), None)
+
+    def wait_gone(self, guest: Guest) -> None:
+        self.wait(lambda: self.domid(guest) is None, f"{guest.name} is gone")
+
+    # -- what guests say ------------------------------------------------------------------------
+
+    def said(self, guest: Guest) -> list[str]:
+        """Every line of this guest so far, without its name; of all its lives."""
+        if guest.linux:
+            path = f"/var/log/xen/console/guest-{guest.name}.log"
+        elif self.arch == "arm64":
+            path = f"/var/log/xen/console/guest-{guest.name}-vuart0.log"
+        else:
+            # Port 0xE9: Xen puts the domain before it, dom0's own lines may be around it.
+            pattern = re.compile(rf"\(d\d+\) {re.escape(guest.name)}: (.*)")
+            text = self.machine.console()
+            return [m[1].strip() for line in text.splitlines() if (m := pattern.search(line))]
+        try:
+            text = self.dom0.get(path).decode(errors="replace")
+        except Dom0Error:
+            return []
+        lines = text.replace("\r", "").split("\n")[:-1]  # what has no end yet is not said yet
+        start = f"{guest.name}: "
+        return [line.partition(start)[2] for line in lines if start in line]
+
+    def wait_said(
+        self, guest: Guest, pattern: str, *, times: int = 1, timeout_s: float = WAIT_S
+    ) -> str:
+        """Wait until the guest has said a line that matches as a whole; return that line."""
+        expected = re.compile(pattern)
+
+        def heard() -> str | None:
+            found = [line for line in self.said(guest) if expected.fullmatch(line)]
+            return found[times - 1] if len(found) >= times else None
+
+        try:
+            return self.wait(heard, "", timeout_s)
+        except AssertionError:
+            said = "\n".join(self.said(guest)[-20:]) or "nothing"
+            raise AssertionError(
+                f"{guest.name} did not say /{pattern}/ {times} times in {timeout_s:.0f} s; "
+                f"it said:\n{said}\nxshmd said:\n{self.log()[-3000:]}"
+            ) from None
+
+    def wait_beats(self, watcher: Guest, slot: int, *, more: int = 2) -> None:
+        """Wait until the watcher has seen `more` new beats of another guest, from now on."""
+        pattern = rf"peer slot={slot} beat=\d+"
+        before = sum(bool(re.fullmatch(pattern, line)) for line in self.said(watcher))
+        self.wait_said(watcher, pattern, times=before + more)
+
+    # -- waiting --------------------------------------------------------------------------------
+
+    def wait(self, condition: Callable[[], T], what: str, timeout_s: float = WAIT_S) -> T:
+        """Wait until the condition returns something true, and return that."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = condition()
+            if found:
+                return found
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {timeout_s:.0f} s: {what}\n{self.log()[-3000:]}")
+            time.sleep(0.1)
+
+    # -- the probe ------------------------------------------------------------------------------
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        """Ask /rig/xen-probe.py."""
+        with self._asking:
+            line = json.dumps({"ask": question, "with": arguments})
+            self._probe.write(line.encode() + b"\n")
+            return self._answer()
+
+    def _heard(self, stream: int, data: bytes) -> None:
+        if stream != 1:
+            return
+        self._partial += data
+        while b"\n" in self._partial:
+            line, _, rest = self._partial.partition(b"\n")
+            self._partial = bytearray(rest)
+            self._answers.put(bytes(line))
+
+    def _answer(self) -> Any:
+        try:
+            answer = json.loads(self._answers.get(timeout=150))
+        except queue.Empty:
+            raise AssertionError(f"the probe is silent: {self._probe.stderr.decode()}") from None
+        if "error" in answer:
+            raise AssertionError(f"the probe failed: {answer['error']}")
+        return answer["answer"]
+
+    # -- regions --------------------------------------------------------------------------------
+
+    def regions(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("call", "ListRegions", {})["regions"]
+        return found
+
+    def guests(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("call", "ListGuests", {})["guests"]
+        return found
+
+    def region(self, region_id: str) -> dict[str, Any]:
+        return next(r for r in self.regions() if r["id"] == region_id)
+
+    def poke(self, region_id: str, page: int, offset: int, word: int) -> None:
+        """Write a 64-bit word into a region, through its holder."""
+        region = self.region(region_id)
+        gfn = region["holderFirstFrame"] + page
+        data = struct.pack("<Q", word).hex()
+        self.ask("write", region["holderDomainId"], gfn, offset, data)
+
+    def peek(self, region_id: str, page: int, offset: int) -> int:
+        """Read a 64-bit word of a region, through its holder."""
+        region = self.region(region_id)
+        gfn = region["holderFirstFrame"] + page
+        data = bytes.fromhex(self.ask("read", region["holderDomainId"], gfn, offset, 8))
+        word: int = struct.unpack("<Q", data)[0]
+        return word
+
+    # -- the daemon -----------------------------------------------------------------------------
+
+    def log(self, since: int = 0) -> str:
+        """What the daemons of this session have said."""
+        return bytes(self._log[since:]).decode(errors="replace")
+
+    @property
+    def mark(self) -> int:
+        """Where the log is now, for `log(since)`."""
+        return len(self._log)
+
+    def refusals(self, since: int) -> list[tuple[str, str]]:
+        """(guest, reason) of every refusal in the log."""
+        pattern = re.compile(r"^<3>guest refused guest=('.*?') domid=\d+ reason=(.*)$", re.M)
+        return [
+            (ast.literal_eval(name), ast.literal_eval(reason))
+            for name, reason in pattern.findall(self.log(since))
+        ]
+
+    def wait_log(self, pattern: str, since: int) -> re.Match[str]:
+        found = re.compile(pattern, re.M)
+        return self.wait(lambda: found.search(self.log(since)), f"xshmd says /{pattern}/")
+
+    def _logged(self, _stream: int, data: bytes) -> None:
+        self._log += data
+        self._log_file.write(data)
+        self._log_file.flush()
+
+    @property
+    def daemon_pid(self) -> int:
+        assert self._daemon is not None, "no daemon runs"
+        return self._daemon.pid
+
+    @property
+    def daemon_runs(self) -> bool:
+        if self._daemon is None:
+            return False
+        try:
+            self._daemon.wait(0)
+        except TimeoutError:
+            return True
+        return False
+
+    def start_daemon(self, *options: str, wait: bool = True) -> None:
+        """Start xshmd, as an admin would without systemd."""
+        assert not self.daemon_runs
+        since = self.mark
+        words = ["xshmd", "--log-level", "debug", "--reboot-grace", str(GRACE_S), *options]
+        self._daemon = self.dom0.spawn(words, on_output=self._logged)
+        if wait:
+            self.wait_log(r"^<6>ready ", since)
+
+    def stop_daemon(self, number: int = signal.SIGTERM) -> Completed:
+        """Signal the daemon and wait for its end."""
+        assert self._daemon is not None, "no daemon runs"
+        self._daemon.kill(number)
+        done = self._daemon.wait(WAIT_S)
+        self._daemon = None
+        return done
+
+    def await_killed(self) -> None:
+        """Wait for the end of a daemon that somebody else kills."""
+        assert self._daemon is not None, "no daemon runs"
+        assert self._daemon.wait(WAIT_S).status == -signal.SIGKILL
+        self._daemon = None
+
+    @contextmanager
+    def daemon_with(self, *options: str) -> Iterator[None]:
+        """Run the body with a daemon of other options."""
+        self.stop_daemon()
+        self.start_daemon(*options)
+        try:
+            yield
+        finally:
+            if self.daemon_runs:
+                self.stop_daemon()
+            self.start_daemon()
+
+    def xshmctl(
+        self, *words: str, check: bool = True, env: dict[str, str] | None = None
+    ) -> Completed:
+        return self.dom0.run(["xshmctl", *words], check=check, timeout_s=150, env=env)
+
+    # -- back to the start ----------------------------------------------------------------------
+
+    def state(self) -> State:
+        """The machine as it is now."""
+        files = "ls -d /var/lib/xen/* /root/* /tmp/*"
+        look = f"xenstore-ls -fp; echo ---; {files}; echo ---; pgrep -c '^xl$'"
+        store, files, toolstacks = self.dom0.run(look, check=False).text.split("---\n")
+        return State(
+            free_pages=self.ask("free_pages"),
+            domains=tuple(f"{d['domid']} {d['uuid']}" for d in self.ask("domains")),
+            store=tuple(store.splitlines()),
+            files=tuple(files.splitlines()),
+            toolstacks=int(toolstacks or 0),
+        )
+
+    def wait_state(self, wanted: State, timeout_s: float = SETTLE_S) -> str:
+        """Wait until the machine is as it was; the difference if that never happens."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            difference = wanted.difference(self.state())
+            if not difference or time.monotonic() > deadline:
+                return difference
+            time.sleep(0.2)
+
+    def clean_up(self) -> list[str]:
+        """End every guest that a scenario left; their names."""
+        left = []
+        wanted = {guest.name for guest in self.created}
+        listed = self.xl("list").text.splitlines()[1:]
+        for name in (line.split()[0] for line in listed):
+            if name in wanted:
+                left.append(name)
+                self.xl("destroy", name, check=False)
+        if self.created:
+            self.dom0.run(f"rm -rf {CONFIGS}/* {ETC}/*.cfg /etc/xshmd/guests.d/*", check=False)
+        self.created.clear()
+        return left
+
+    def close(self) -> None:
+        """Stop what runs, and keep dom0's logs."""
+        if self.daemon_runs:
+            self.stop_daemon()
+        self._probe.close_stdin()
+        self._log_file.close()
+        logs = self.artefacts / "guests"
+        logs.mkdir(exist_ok=True)
+        done = self.dom0.run("cd /var/log/xen/console && tail -n +1 -v *.log", check=False)
+        (logs / "consoles.log").write_bytes(done.stdout)
+        (logs / "xl-dmesg.log").write_bytes(self.dom0.run("xl dmesg", check=False).stdout)
+
+
+def names(items: Sequence[dict[str, Any]], key: str = "id") -> list[str]:
+    """One field of each item."""
+    return [item[key] for item in items]
+
+
+def artefacts(arch: str, name: str = "") -> Path:
+    """Where what an architecture's session leaves is kept."""
+    root = Path(__file__).resolve().parent.parent.parent
+    return root / "artefacts" / arch / name

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon may die at any moment: guests keep their memory, and its next life goes on."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from integration.scenarios.guest import MIB, Entry
+from integration.scenarios.host import Host
+
+
+def _without_change(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(regions, key=lambda region: str(region["id"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> None:
+    """Guests talk on while the daemon is down; its next life lists the same regions, a third guest
+    can join, and at the end everything is given back."""
+    region, other = host.unique("demo"), host.unique("other")
+    beater = host.guest(
+        "beater", Entry(region, host.at), Entry(other, host.at_elsewhere), do="fill,beat"
+    )
+    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
+    host.create(beater)
+    host.create(watcher)
+    host.wait_beats(watcher, 0)
+    before = _without_change(host.regions())
+    done = host.stop_daemon(number)
+    assert done.status == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    host.wait_beats(watcher, 0)
+    host.start_daemon()
+    assert _without_change(host.regions()) == before
+    assert {guest["state"] for guest in host.guests()} == {"attached"}
+    host.wait_beats(watcher, 0)
+    third = host.guest("third", Entry(region, host.at, role="borrower"), do="check", slot=2)
+    host.create(third)
+    host.wait_said(third, "checked pages=256 bad=0 seed=7")
+    host.destroy(third, watcher, beater)
+
+
+MOMENTS = ("held", "holder", "attaching", "populating", "populated", "published")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_a_guest_is_created(host: Host, moment: str) -> None:
+    """`kill -9` between a domain's first node and its regions: started again, the daemon finishes
+    what it began. `xl create` ends well, the guest has its region and runs."""
+    # Large enough that making it takes a while: the moments lie apart.
+    entry = Entry(host.unique("demo"), host.at, 48 * MIB)
+    guest = host.guest("victim", entry, do="fill,check")
+    words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), moment]
+    killer = host.dom0.spawn(words, timeout_s=90)
+    host.wait(lambda: b"watching\n" in killer.stdout, "the killer is ready")
+    creating = host.start_creating(guest)
+    killed = killer.wait(90)
+    assert killed.status == 0, killed.describe()
+    host.await_killed()
+    since = host.mark
+    host.start_daemon()
+    created = creating.wait(120)
+    assert created.status == 0, f"{created.describe()}\n{host.log(since)}"
+    host.wait_said(guest, "checked pages=12288 bad=0 seed=7")
+    host.wait(lambda: [g["state"] for g in host.guests()] == ["attached"], "it is attached")
+    domid = host.domid(guest)
+    assert domid is not None
+    info = host.domain(domid)
+    assert info is not None
+    assert not info["paused"]
+    host.destroy(guest)
+
+
+def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
+    """A member that ends unseen is found out at the next start, and what only it had is freed."""
+    region, own = host.unique("demo"), host.unique("own")
+    stays = host.guest("stays", Entry(region, host.at), do="beat")
+    goes = host.guest(
+        "goes", Entry(region, host.at, role="borrower"), Entry(own, host.at_elsewhere), slot=1
+    )
+    host.create(stays)
+    host.create(goes)
+    host.stop_daemon(signal.SIGKILL)
+    host.destroy(goes)
+    host.start_daemon()
+    host.wait(lambda: [r["id"] for r in host.regions()] == [region], f"{own} is freed")
+    host.destroy(stays)
+
+
+def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
+    """With every member gone unseen, the next start leaves no region, no holder and no node."""
+    guest = host.guest("goes", Entry(host.unique("demo"), host.at), do="stay")
+    host.create(guest)
+    host.wait_said(guest, "hello .*")
+    host.stop_daemon(signal.SIGKILL)
+    host.destroy(guest)
+    host.start_daemon()
+    host.wait(lambda: not host.regions(), "the region is freed")
+    host.wait(lambda: len(host.ask("domains")) == 1, "the holder is gone")
+
+
+def test_guest_reboots_while_the_daemon_is_down(host: Host) -> None:
+    """A guest made anew while nobody is at the gate is not left half way: started again, the daemon
+    says that it runs without its region, or gives it its region before it runs."""
+    region = host.unique("demo")
+    guest = host.guest("phoenix", Entry(region, host.at), do="boots,await-fill,reboot-once,stay")
+    host.create(guest)
+    host.wait_said(guest, "boots=1")
+    domid = host.domid(guest)
+    host.poke(region, 0, 64, 0x5853484D << 32 | 7)
+    host.stop_daemon(signal.SIGKILL)
+    host.wait(lambda: host.domid(guest) not in (None, domid), "it is made anew")
+    host.start_daemon()
+    domid = host.domid(guest)
+    assert domid is not None
+    host.wait(lambda: not (host.domain(domid) or {"paused": True})["paused"], "it runs")
+    host.destroy(guest)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A host in a test: the model of Xen, a fake xenstored, xl, files, and lives of the daemon in it.
+
+The daemon is the production engine with the production xenstore client; only what is below the
+ports is not real.  Its blocking calls run in the loop unless ``threads`` is said, which makes every
+run the same and lets the clock jump.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+import structlog
+import trio
+
+from fakes.hypervisor import Page, SimulatedXen
+from fakes.toolstack import DaemonLocks, FakeLocks, FakeToolstack, Made
+from fakes.xenstored import FakeXenstored, fake_xenstored
+from xshmd.engine.options import Options
+from xshmd.engine.reconciler import Reconciler
+from xshmd.errors import XshmError
+from xshmd.model import Arch, Guest, GuestConfig, GuestState, RegionRequest, Role
+from xshmd.policy.identity import is_holder_uuid
+from xshmd.ports import CreationLock, Hypervisor, Store
+from xshmd.units import DomId, Gfn
+from xshmd.xen.store import open_store
+
+T = TypeVar("T")
+RECORD_ROOTS = ("/xshmd/holders", "/xshmd/regions", "/xshmd/guests")
+PATIENCE_S = 120.0
+"""Of the test's clock, not of anybody's time."""
+REGION_GFN = {Arch.X86_64: 0x1000000, Arch.ARM64: 0x3A000}
+"""Where guests have their regions."""
+
+
+class Wall:
+    """:class:`xshmd.ports.Clock` that goes with trio's."""
+
+    def now(self) -> float:
+        return 1_700_000_000.0 + trio.current_time()
+
+
+class FakeFinder:
+    """:class:`xshmd.ports.ConfigFinder` over a dictionary."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, GuestConfig | XshmError] = {}
+
+    def find(self, *, name: str, uuid: str) -> GuestConfig | None:
+        found = self.files.get(name)
+        if isinstance(found, XshmError):
+            raise found
+        return found
+
+    def known(self) -> tuple[GuestConfig, ...]:
+        return tuple(
+            found
+            for found in self.files.values()
+            if isinstance(found, GuestConfig) and found.requests
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class Life:
+    """What one life of the daemon has hold of; all of it goes when it dies."""
+
+    xen: Hypervisor
+    store: Store
+    locks: CreationLock
+
+
+Wrap = Callable[[Life], Life]
+
+
+class Daemon:
+    """One life of the daemon."""
+
+    def __init__(self, world: World, options: Options, wrap: Wrap) -> None:
+        self._world, self._options, self._wrap = world, options, wrap
+        self.scope = trio.CancelScope()
+        self.ready = trio.Event()
+        self.ended = trio.Event()
+        self.store: Any = None
+        self.failure: BaseException | None = None
+        self._engine: Reconciler | None = None
+
+    @property
+    def engine(self) -> Reconciler:
+        assert self._engine is not None
+        return self._engine
+
+    async def run(self) -> None:
+        """Live until cancelled, or until something escapes the engine."""
+        world = self._world
+        locks = DaemonLocks(world.locks)
+        maps_before = set(world.xen.open_maps)
+        try:
+            with self.scope:
+                async with open_store(str(world.server.path)) as store:
+                    self.store = store
+                    life = self._wrap(Life(world.xen, store, locks))
+                    self._engine = Reconciler(
+                        xen=life.xen, store=life.store, finder=world.finder, locks=life.locks,
+                        clock=world.clock, options=self._options,
+                    )  # fmt: skip
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(self._engine.run)
+                        self.ready.set()
+        except BaseException as escaped:
+            self.failure = escaped
+            if not world.tolerate(escaped):
+                raise
+        finally:
+            for mapping in world.xen.open_maps - maps_before:
+                mapping.close()
+            locks.die()
+            self.ready.set()
+            self.ended.set()
+
+    async def kill(self) -> None:
+        """SIGKILL, or as near as a task comes to it; returns when it is gone."""
+        self.scope.cancel()
+        await self.ended.wait()
+
+    def guest(self, name: str) -> Guest | None:
+        """Return the newest record of a guest of this name."""
+        found = [guest for guest in self.engine.snapshot().guests if guest.name == name]
+        return found[-1] if found else None
+
+    def is_attached(self, name: str) -> bool:
+        return any(
+            guest.name == name and guest.state is GuestState.ATTACHED
+            for guest in self.engine.snapshot().guests
+        )
+
+
+class World:
+    """See the module.  Use :func:`world`."""
+
+    def __init__(self, xen: SimulatedXen, server: FakeXenstored, nursery: trio.Nursery) -> None:
+        self.xen, self.server = xen, server
+        self.locks = FakeLocks()
+        self.tools = FakeToolstack(xen, server, self.locks)
+        self.finder = FakeFinder()
+        self.clock = Wall()
+        self.ran: list[tuple[DomId, str]] = []
+        """Every start of a domain's vCPUs, and what was wrong with it then (empty: nothing)."""
+        self.tolerate: Callable[[BaseException], bool] = lambda escaped: False
+        self._nursery = nursery
+        token = trio.lowlevel.current_trio_token()
+        # Not at once: xenstored hears of it by a virtual interrupt, after the call has returned.
+        xen.on_domain_exception = lambda domid: token.run_sync_soon(
+            self.tools.domain_exception, domid
+        )
+        xen.on_run = self._check_run
+        self.free_pages = xen.free_pages
+        self.tree = self.dump()
+
+    # -- the daemon -------------------------------------------------------------------------------
+
+    async def start(
+        self, *, wrap: Wrap = lambda life: life, wait: bool = True, **options: Any
+    ) -> Daemon:
+        """Start a life of the daemon; returns when it is ready."""
+        daemon = Daemon(self, Options(**options), wrap)
+        self._nursery.start_soon(daemon.run)
+        if wait:
+            with trio.fail_after(PATIENCE_S):
+                await daemon.ready.wait()
+        return daemon
+
+    # -- guests -----------------------------------------------------------------------------------
+
+    def config(self, name: str, *requests: RegionRequest, file: bool = True) -> GuestConfig:
+        """Return a small guest's configuration, and have it in a file unless ``file`` is false."""
+        config = GuestConfig(name=name, memory_mib=4, requests=requests)
+        if file:
+            self.finder.files[name] = config
+        return config
+
+    def request(
+        self,
+        region_id: str,
+        frames: int = 3,
+        *,
+        at: int = 0,
+        role: Role = Role.OWNER,
+        offset: int = 0,
+    ) -> RegionRequest:
+        """Return an entry at ``at`` frames past the usual place."""
+        return RegionRequest(
+            region_id=region_id, first_gfn=Gfn(REGION_GFN[self.xen.arch] + at), nr_frames=frames,
+            role=role, offset_frames=offset,
+        )  # fmt: skip
+
+    def borrow(
+        self, region_id: str, frames: int = 3, *, at: int = 0, offset: int = 0
+    ) -> RegionRequest:
+        return self.request(region_id, frames, at=at, role=Role.BORROWER, offset=offset)
+
+    def pages(self, domid: DomId, request: RegionRequest) -> list[Page]:
+        """Return the pages a guest has for an entry; fails unless all are foreign."""
+        p2m = self.xen.by_domid[domid].p2m
+        entries = [p2m.get(gfn) for gfn in range(request.first_gfn, request.end_gfn)]
+        assert all(entry is not None and entry.foreign for entry in entries), (domid, request)
+        return [entry.page for entry in entries if entry]
+
+    def missing(self, domid: DomId, config: GuestConfig) -> str:
+        """Say what the guest lacks of its regions; nothing if it has all."""
+        p2m = self.xen.by_domid[domid].p2m
+        for request in config.requests:
+            for gfn in range(request.first_gfn, request.end_gfn):
+                entry = p2m.get(gfn)
+                if entry is None or not entry.foreign:
+                    return f"domain {domid} ({config.name}) has no {request.region_id} at {gfn:#x}"
+                owner = entry.page.owner
+                if not is_holder_uuid(owner.uuid):
+                    return f"domain {domid} has a page of domain {owner.domid}, which is no holder"
+        return ""
+
+    def _check_run(self, domid: DomId) -> None:
+        domain = self.xen.by_domid[domid]
+        if is_holder_uuid(domain.uuid):
+            self.ran.append((domid, f"the holder {domid} runs"))
+            return
+        name = self.server.read(f"/local/domain/{domid}/name") or ""
+        config = self.finder.files.get(name)
+        wrong = self.missing(domid, config) if isinstance(config, GuestConfig) else ""
+        self.ran.append((domid, wrong))
+
+    @property
+    def ran_wrongly(self) -> list[str]:
+        return [wrong for _, wrong in self.ran if wrong]
+
+    def running(self, made: Made) -> bool:
+        domain = self.xen.by_domid.get(made.domid)
+        return domain is not None and domain.running
+
+    def holders(self) -> list[DomId]:
+        """Return the holders that live."""
+        return [
+            info.domid
+            for info in self.xen.domains()
+            if is_holder_uuid(info.uuid) and not info.dying
+        ]
+
+    # -- waiting, and the state of the host -------------------------------------------------------
+
+    async def until(self, condition: Callable[[], bool], what: str = "") -> None:
+        """Wait until something is so, in the test's time."""
+        with trio.move_on_after(PATIENCE_S):
+            while not condition():  # noqa: ASYNC110 - what is waited for has no event
+                await trio.sleep(0.05)
+            return
+        raise AssertionError(f"it never came to {what or condition}")
+
+    def dump(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Return all of xenstore, without the empty directories our records were in."""
+        return {
+            path: (node.text, tuple(str(permission) for permission in node.permissions))
+            for path, node in self.server.nodes.items()
+            if path != "/xshmd" and not (path in RECORD_ROOTS and not node.children)
+        }
+
+    def is_clean(self) -> str:
+        """Say what is left of all that ever was; nothing if all is as at the start."""
+        domains = [info.domid for info in self.xen.domains()]
+        if domains != [0]:
+            return f"domains {domains}"
+        tree = self.dump()
+        if tree != self.tree:
+            return f"xenstore: {sorted(set(tree.items()) ^ set(self.tree.items()))}"
+        if self.xen.free_pages != self.free_pages:
+            return f"{self.free_pages - self.xen.free_pages} pages"
+        if self.locks.held:
+            return f"locks {self.locks.held}"
+        return ""
+
+    async def check_clean(self) -> None:
+        """Fail unless all is as it was before the first guest, to the page and the node."""
+        with trio.move_on_after(PATIENCE_S):
+            while self.is_clean():  # noqa: ASYNC110 - nor has this
+                await trio.sleep(0.5)
+        assert self.is_clean() == ""
+        self.check()
+
+    def check(self) -> None:
+        """Fail if anything happened that never may."""
+        self.xen.check()
+        assert self.ran_wrongly == []
+        assert self.xen.leaked_references == 0
+        assert self.xen.unwiped_frees == 0
+        assert self.xen.crashed == []
+
+
+@contextmanager
+def _calls_in_the_loop() -> Iterator[None]:
+    """Let trio.to_thread.run_sync run the call at once: threads have no place in simulated time."""
+    real = trio.to_thread.run_sync
+
+    async def run_sync(
+        call: Callable[..., T], *arguments: Any, limiter: Any = None, **options: Any
+    ) -> T:
+        if limiter is None:
+            await trio.lowlevel.checkpoint()
+            return call(*arguments)
+        async with limiter:
+            await trio.lowlevel.checkpoint()
+            return call(*arguments)
+
+    trio.to_thread.run_sync = run_sync  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        trio.to_thread.run_sync = real
+
+
+@contextmanager
+def _nothing_patched() -> Iterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def world(
+    arch: Arch = Arch.X86_64, *, threads: bool = False, **machine: Any
+) -> AsyncIterator[World]:
+    """Run a host with nothing on it."""
+    failure: BaseException | None = None
+    patched = _nothing_patched() if threads else _calls_in_the_loop()
+    xen = SimulatedXen(arch, total_pages=1 << 17, dom0_pages=1 << 15, **machine)
+    with structlog.testing.capture_logs(), patched:
+        async with fake_xenstored() as server, trio.open_nursery() as nursery:
+            try:
+                yield World(xen, server, nursery)
+            except BaseException as exc:
+                failure = exc
+            nursery.cancel_scope.shield = True
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
