@@ -104,8 +104,8 @@ async def test_a_quick_xl_is_held_all_the_same(autojump_clock: MockClock) -> Non
         await host.start()
         host.locks.take = lambda domid, uuid, who: True  # type: ignore[method-assign]
         for name in "abc":
-            made = await host.tools.create(host.config(name, host.request(f"r{name}")))
-            await host.until(lambda made=made: host.running(made))
+            await host.tools.create(host.config(name, host.request(f"r{name}")))
+        await host.until(lambda: len(host.ran) == 3)
         assert host.ran_wrongly == []
 
 
@@ -196,12 +196,6 @@ async def test_a_region_over_memory_that_is_there_refuses(autojump_clock: MockCl
         config = host.config("a", host.request("r", 600))
         gfn = config.requests[0].first_gfn
 
-        def put_something_there(step: str, domid: int) -> None:
-            if step == "memory":
-                host.xen.populate(host.xen.domains()[-1].domid, gfn, 1)
-
-        made_before = host.xen.domains()
-        assert len(made_before) == 1
         host.tools.at_step = lambda step, domid: (
             host.xen.populate(domid, gfn, 1) if step == "introduced" else None
         )
@@ -411,7 +405,7 @@ async def test_the_engine_with_real_threads() -> None:
         await host.tools.end(a)
         await host.tools.end(b)
         with trio.fail_after(10):
-            while host.is_clean():
+            while host.is_clean():  # noqa: ASYNC110 - this has no event
                 await trio.sleep(0.01)
         host.check()
 

@@ -27,19 +27,25 @@ STEPS = (
     (
         "xshmd.engine.passage",
         "Passage",
-        ("advance", "_prepare", "_config_of", "_plan", "_make", "_attach_if_built", "_map", "_let_go"),
+        (
+            "advance", "_prepare", "_config_of", "_plan", "_make", "_attach_if_built", "_map",
+            "_let_go",
+        ),
     ),
     ("xshmd.engine.passage", "", ("check", "attach", "plan_guest")),
     (
         "xshmd.engine.holders",
         "Holders",
-        ("create", "add_region", "verify", "_make_domain", "_populate_now", "_name", "_check_memory"),
+        (
+            "create", "add_region", "verify", "_make_domain", "_populate_now", "_name",
+            "_check_memory",
+        ),
     ),
     ("xshmd.engine.ends", "Ends", ("check_holders", "ended", "collect", "note_shutdowns")),
     ("xshmd.engine.reconciler", "Reconciler", ("_look", "_note_shutdowns", "_answer_shutdown")),
     ("xshmd.engine.xen_worker", "XenWorker", ("run",)),
     ("xshmd.engine.ledger", "Ledger", ("put_guest", "put_region", "put_holder", "drop_guest")),
-    ("xshmd.config.finder", "Finder", ("find", "known", "_being_created")),
+    ("xshmd.config.finder", "Finder", ("find", "known")),
     (
         "xshmd.xen.hypervisor",
         "XenHypervisor",

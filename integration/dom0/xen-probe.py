@@ -21,7 +21,10 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xshmd.units import DomId, Gfn
 
 STORE_SOCKET = "/run/xenstored/socket"
 DIRECTORY, READ, ERROR, IS_INTRODUCED = 1, 2, 16, 17
@@ -68,6 +71,9 @@ MOMENTS: dict[str, Callable[[XenStore], bool]] = {
     "attaching": lambda store: any(
         guest["state"] == "attaching" for guest in store.documents("/xshmd/guests")
     ),
+    "mapping": lambda store: any(
+        guest["state"] == "mapping" for guest in store.documents("/xshmd/guests")
+    ),
     "populating": lambda store: bool(store.children("/xshmd/regions")),
     "populated": lambda store: any(r["ready"] for r in store.documents("/xshmd/regions")),
     "published": lambda store: any(
@@ -104,7 +110,7 @@ class Probe:
         self._xen = XenHypervisor()
         self._ffi, self._lib = _ffi.xenctrl()
         self._xc = self._lib.xshm_xc_open()
-        self._client = Client(timeout_s=90)
+        self._new_client = Client
         self._store = XenStore()
 
     def free_pages(self) -> int:
@@ -115,26 +121,28 @@ class Probe:
 
     def call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Ask the daemon, over Varlink."""
-        return self._client.call(method, **parameters)
+        # A new connection: the daemon may be another by now.
+        with self._new_client(timeout_s=90) as client:
+            return client.call(method, **parameters)
 
-    def read(self, domid: int, gfn: int, offset: int, length: int) -> str:
+    def read(self, domid: DomId, gfn: Gfn, offset: int, length: int) -> str:
         with self._xen.map_pages(domid, gfn, 1, writable=False) as page:
             return page.read(offset, length).hex()
 
-    def write(self, domid: int, gfn: int, offset: int, data: str) -> None:
+    def write(self, domid: DomId, gfn: Gfn, offset: int, data: str) -> None:
         with self._xen.map_pages(domid, gfn, 1, writable=True) as page:
             page.write(offset, bytes.fromhex(data))
 
-    def nonzero_bytes(self, domid: int, gfn: int, nr_frames: int) -> int:
+    def nonzero_bytes(self, domid: DomId, gfn: Gfn, nr_frames: int) -> int:
         """How many bytes of these frames are not 0."""
         with self._xen.map_pages(domid, gfn, nr_frames, writable=False) as pages:
             data = pages.read(0, nr_frames << 12)
         return len(data) - data.count(0)
 
-    def populated(self, domid: int, gfns: list[int]) -> list[int]:
+    def populated(self, domid: DomId, gfns: list[Gfn]) -> list[int]:
         return list(self._xen.populated_frames(domid, gfns))
 
-    def populate(self, domid: int, gfn: int, nr_frames: int) -> str:
+    def populate(self, domid: DomId, gfn: Gfn, nr_frames: int) -> str:
         """Try to give a domain memory; the name of the error, or an empty text if it got it."""
         from xshmd.errors import XshmError
 
@@ -144,7 +152,7 @@ class Probe:
             return type(error).__name__
         return ""
 
-    def event_channel_errno(self, domid: int) -> int:
+    def event_channel_errno(self, domid: DomId) -> int:
         """One attempt to allocate an event channel in a domain: the errno, 0 if there is one.
 
         With max_evtchn_port=0 it must be ENOSPC. Nothing further is tried on a holder, ever.
@@ -152,7 +160,7 @@ class Probe:
         port = self._lib.xc_evtchn_alloc_unbound(self._xc, domid, 0)
         return 0 if port >= 0 else int(self._ffi.errno)
 
-    def pause_count(self, domid: int) -> int:
+    def pause_count(self, domid: DomId) -> int:
         """How many pauses are on a paused domain: Xen takes 255 and refuses the next."""
         from xshmd.errors import HypercallFailed
 
@@ -167,7 +175,7 @@ class Probe:
             self._xen.unpause(domid)
         return 255 - taken
 
-    def is_introduced(self, domid: int) -> bool:
+    def is_introduced(self, domid: DomId) -> bool:
         return self._store.ask(IS_INTRODUCED, str(domid)) == b"T\0"
 
 

@@ -35,70 +35,83 @@ pages=$((size / 4096))
 
 say() { echo "$name: $*"; }
 
-# Addresses: of a word in a slot of page 0, and of a tag; offsets as in region.h.
-in_slot() { printf '0x%x' $((at + 128 + 64 * $1 + $2)); }
-in_page() { printf '0x%x' $((at + 4096 * $1 + $2)); }
-boots=$(in_slot "$slot" 0)
-my_ping=$(in_slot "$slot" 8) their_ping=$(in_slot "$peer_slot" 8)
-my_talk=$(in_slot "$slot" 12) their_talk=$(in_slot "$peer_slot" 12)
-filled=$(in_page 0 64) filled_value=$(printf '0x5853484D%08X' "$seed")
+# Where a word is: in a slot of page 0, and in any page; offsets as in region.h.
+slot_at() { where=$((at + 128 + 64 * $1 + $2)); }
+slot_at "$slot" 0; boots=$where
+slot_at "$slot" 8; my_ping=$where
+slot_at "$slot" 12; my_talk=$where
+slot_at "$peer_slot" 8; their_ping=$where
+slot_at "$peer_slot" 12; their_talk=$where
+filled=$((at + 64)) filled_value=$(((0x5853484d << 32) + seed))
 
-get() { echo $(($(devmem "$1" 32))); }
+# Every process costs milliseconds under emulation, so these set a variable where others would print.
+get() { value=$(($(devmem "$1" "${2:-32}"))); }
 set_word() { devmem "$1" 32 "$2"; }
 pause() { usleep 50000; }
 
-# region_tag(page, seed), written as devmem writes numbers; the factor is negative because the shell's numbers are signed.
-tag() { printf '0x%016X' $((((seed << 32) + $1 + 1) * -7046029254386353131)); }
+# region_tag(page, seed); the factor is negative because the shell's numbers are signed.
+tag() { tag=$((((seed << 32) + $1 + 1) * -7046029254386353131)); }
 
 count_boot() {
-  set_word "$boots" $(($(get "$boots") + 1))
-  say "boots=$(get "$boots")"
+  get "$boots"
+  set_word "$boots" $((value + 1))
+  get "$boots"
+  say "boots=$value"
 }
 
 fill() {
-  devmem "$filled" 64 0
+  devmem $filled 64 0
   page=0
   while [ $page -lt $pages ]; do
-    devmem "$(in_page $page 8)" 64 "$(tag $page)"
-    devmem "$(in_page $page 4088)" 64 "$(tag $page)"
+    tag $page
+    tag=$(printf '0x%x' "$tag")
+    devmem $((at + 4096 * page + 8)) 64 "$tag"
+    devmem $((at + 4096 * page + 4088)) 64 "$tag"
     page=$((page + 1))
   done
-  devmem "$filled" 64 "$filled_value"
+  devmem $filled 64 $filled_value
   say "filled pages=$pages seed=$seed"
 }
 
 check() {
   page=0 bad=0
   while [ $page -lt $pages ]; do
-    want=$(tag $page)
-    if [ "$(devmem "$(in_page $page 8)" 64)" != "$want" ] || [ "$(devmem "$(in_page $page 4088)" 64)" != "$want" ]; then
-      bad=$((bad + 1))
-    fi
+    tag $page
+    get $((at + 4096 * page + 8)) 64
+    first=$value
+    get $((at + 4096 * page + 4088)) 64
+    [ "$first,$value" = "$tag,$tag" ] || bad=$((bad + 1))
     page=$((page + 1))
   done
   say "checked pages=$pages bad=$bad seed=$seed"
 }
 
+await() {
+  while get "$1" "$3"; [ "$value" != "$2" ]; do pause; done
+}
+
 await_fill() {
-  until [ "$(devmem "$filled" 64)" = "$filled_value" ]; do pause; done
+  await $filled $filled_value 64
   say "fill seen seed=$seed"
 }
 
 ping() {
-  next=$(get "$their_ping") round=0
+  get "$their_ping"
+  next=$value round=0
   while [ $round -lt "$ticks" ]; do
     next=$((next + 1)) round=$((round + 1))
     set_word "$my_ping" $next
-    until [ "$(get "$their_ping")" = $next ]; do pause; done
+    await "$their_ping" $next 32
   done
   say "ping rounds=$ticks last=$next"
 }
 
 pong() {
-  next=$(get "$my_ping") round=0
+  get "$my_ping"
+  next=$value round=0
   while [ $round -lt "$ticks" ]; do
     next=$((next + 1)) round=$((round + 1))
-    until [ "$(get "$their_ping")" = $next ]; do pause; done
+    await "$their_ping" $next 32
     set_word "$my_ping" $next
   done
   say "pong rounds=$ticks last=$next"
@@ -109,11 +122,14 @@ every_second() {
   while :; do
     line=''
     case " $* " in *" write "*)
-      count=$(($(get "$my_talk") + 1))
-      set_word "$my_talk" $count
-      line="wrote $count" ;;
+      get "$my_talk"
+      set_word "$my_talk" $((value + 1))
+      line="wrote $((value + 1))" ;;
     esac
-    case " $* " in *" read "*) line="${line:+$line, }sees $peer's $(get "$their_talk")" ;; esac
+    case " $* " in *" read "*)
+      get "$their_talk"
+      line="${line:+$line, }sees $peer's $value" ;;
+    esac
     say "$line"
     sleep 1
   done
@@ -137,7 +153,7 @@ verb() {
     fill|check|ping|pong) "$1" ;;
     await-fill) await_fill ;;
     peek) say "peek addr=$at word=$(devmem "$at" 64)" ;;
-    reboot-once) [ "$(get "$boots")" != 1 ] || leave reboot ;;
+    reboot-once) get "$boots"; [ "$value" != 1 ] || leave reboot ;;
     talk) every_second write read ;;
     writer) every_second write ;;
     reader) every_second read ;;

@@ -9,11 +9,12 @@ import pytest
 
 from integration import Machine
 from integration.arch import ARCHES
-from integration.scenarios.guest import Entry
-from integration.scenarios.host import CONFIGS, Host, artefacts
+from integration.scenarios.guest import MIB, Entry
+from integration.scenarios.host import CONFIGS, ETC, Host, artefacts
 
 DEFAULT_ARCHES = ("arm64", "x86_64")
 SESSION_LIMIT_S = 1800
+CONFIG_FOLDERS = f"{CONFIGS} {ETC} /etc/xshmd/guests.d"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def host(arch: str) -> Iterator[Host]:
     """The machine, with a daemon that has seen guests come and go."""
     with Machine(arch, artefacts=artefacts(arch), time_limit_s=SESSION_LIMIT_S) as machine:
-        machine.dom0.run(f"mkdir -p {CONFIGS} /etc/xen /etc/xshmd/guests.d")
+        machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
         host = Host(machine)
         host.start_daemon()
         _warm_up(host)
@@ -47,8 +48,11 @@ def host(arch: str) -> Iterator[Host]:
 
 
 def _warm_up(host: Host) -> None:
-    """Let Xen, dom0 and libxl allocate once what they keep: from then on pages can be counted."""
-    guest = host.guest("warm", Entry(host.unique("warm"), host.at))
+    """Let Xen, dom0 and libxl allocate once what they keep: from then on pages can be counted.
+
+    Among it are the tables an Arm dom0 needs to map a region piece by piece: hence a large one.
+    """
+    guest = host.guest("warm", Entry(host.unique("warm"), host.at, 64 * MIB))
     host.create(guest)
     host.wait_said(guest, "hello .*")
     host.destroy(guest)

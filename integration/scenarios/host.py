@@ -121,9 +121,7 @@ class Host:
     def xl(self, *words: str, check: bool = True, timeout_s: float = 120) -> Completed:
         return self.dom0.run(["xl", *words], check=check, timeout_s=timeout_s)
 
-    def create(
-        self, guest: Guest, *words: str, etc: bool = False, check: bool = True
-    ) -> Completed:
+    def create(self, guest: Guest, *words: str, etc: bool = False, check: bool = True) -> Completed:
         """Plain `xl create`."""
         self.created.append(guest)
         return self.xl("create", *words, self.config_path(guest, etc=etc), check=check)
@@ -149,6 +147,10 @@ class Host:
 
     def wait_gone(self, guest: Guest) -> None:
         self.wait(lambda: self.domid(guest) is None, f"{guest.name} is gone")
+
+    def wait_node_gone(self, node: str) -> None:
+        asking = ["xenstore-exists", node]
+        self.wait(lambda: self.dom0.run(asking, check=False).status, f"{node} is gone")
 
     # -- what guests say ------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Host:
 
     # -- waiting --------------------------------------------------------------------------------
 
-    def wait(self, condition: Callable[[], T], what: str, timeout_s: float = WAIT_S) -> T:
+    def wait(self, condition: Callable[[], T | None], what: str, timeout_s: float = WAIT_S) -> T:
         """Wait until the condition returns something true, and return that."""
         deadline = time.monotonic() + timeout_s
         while True:

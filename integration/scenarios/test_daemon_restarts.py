@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from integration.scenarios.guest import MIB, Entry
+from integration.scenarios.guest import FILLED, MIB, Entry, filled
 from integration.scenarios.host import Host
 
 
@@ -42,7 +42,7 @@ def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> 
     host.destroy(third, watcher, beater)
 
 
-MOMENTS = ("held", "holder", "attaching", "populating", "populated", "published")
+MOMENTS = ("held", "holder", "attaching", "populating", "populated", "mapping", "published")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -102,18 +102,26 @@ def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
 
 
 def test_guest_reboots_while_the_daemon_is_down(host: Host) -> None:
-    """A guest made anew while nobody is at the gate is not left half way: started again, the daemon
-    says that it runs without its region, or gives it its region before it runs."""
+    """A guest made anew while nobody is at the gate runs without its region. Started again, the
+    daemon says so, leaves it alone, and frees what the guest no longer has."""
     region = host.unique("demo")
-    guest = host.guest("phoenix", Entry(region, host.at), do="boots,await-fill,reboot-once,stay")
+    guest = host.guest(
+        "phoenix", Entry(region, host.at), do="boots,await-fill,reboot",
+        lines=('on_crash = "preserve"',),
+    )  # fmt: skip
     host.create(guest)
     host.wait_said(guest, "boots=1")
     domid = host.domid(guest)
-    host.poke(region, 0, 64, 0x5853484D << 32 | 7)
+    host.poke(region, 0, FILLED, filled(7))
     host.stop_daemon(signal.SIGKILL)
     host.wait(lambda: host.domid(guest) not in (None, domid), "it is made anew")
-    host.start_daemon()
     domid = host.domid(guest)
     assert domid is not None
-    host.wait(lambda: not (host.domain(domid) or {"paused": True})["paused"], "it runs")
+    # It has come so far that it cannot be held any more.
+    host.wait(lambda: (host.domain(domid) or {"cpu_time_ns": 0})["cpu_time_ns"], "it runs")
+    since = host.mark
+    host.start_daemon("--reboot-grace", "3")
+    host.wait_log(rf"left alone.* domid={domid}\b", since)
+    host.wait(lambda: not host.regions(), "the region is freed")
     host.destroy(guest)
+    host.stop_daemon()

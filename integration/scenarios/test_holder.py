@@ -101,10 +101,12 @@ def test_shutdown_of_everything_finishes(host: Host) -> None:
     assert "failed" not in done.stderr.decode()
     assert done.seconds < 30
     host.wait(
-        lambda: host.dom0.run(
-            ["xenstore-read", f"/local/domain/{before['holderDomainId']}/control/shutdown"]
-        ).text
-        == "",
+        lambda: (
+            host.dom0.run(
+                ["xenstore-read", f"/local/domain/{before['holderDomainId']}/control/shutdown"]
+            ).text
+            == ""
+        ),
         "the request is acknowledged",
     )
     if host.domid(guest) is not None and host.guests():

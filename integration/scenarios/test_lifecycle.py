@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from integration.scenarios.guest import FILLED, FREE_WORD, MIB, PAGE, Entry, Guest, filled
-from integration.scenarios.host import GRACE_S, Host, names
+from integration.scenarios.guest import FILLED, FREE_WORD, MIB, PAGE, Entry, filled
+from integration.scenarios.host import Host, names
 
 WORD = 0x0123456789ABCDEF
 
@@ -93,7 +93,6 @@ def test_crash_for_good_frees_after_the_grace(host: Host) -> None:
         host.wait_log(f"guest awaited guest='{guest.name}'", since)
         host.wait_log(f"guest no longer awaited guest='{guest.name}'", since)
         host.wait(lambda: not host.regions(), "the region is freed")
-    assert GRACE_S > 3
 
 
 def test_poweroff(host: Host) -> None:
@@ -129,20 +128,11 @@ def test_ends_in_any_order(host: Host, order: str) -> None:
     before = host.peek(region, 0, beat & ~7)
     host.wait(lambda: host.peek(region, 0, beat & ~7) != before, f"{last.name} beats on")
     # A third guest that comes now finds the very same memory.
-    third = _late(host, region, order)
-    host.create(third)
-    host.wait_said(third, "checked pages=1024 bad=0 seed=7")
-    host.destroy(third, last)
+    late = host.guest("late", Entry(region, host.at, 4 * MIB, "borrower"), do="check", slot=2)
+    host.create(late)
+    host.wait_said(late, "checked pages=1024 bad=0 seed=7")
+    host.destroy(late, last)
     host.wait(lambda: not host.regions(), "the region is freed")
-
-
-def _late(host: Host, region: str, order: str) -> Guest:
-    role = "owner" if order == "owner first" else "borrower"
-    if role == "owner":
-        # The region's owner is who it was made for; with it gone its configuration is, too.
-        host.dom0.run("rm -f /root/guests/owner*.cfg")
-        role = "borrower"
-    return host.guest("late", Entry(region, host.at, 4 * MIB, role), do="check", slot=2)
 
 
 def test_both_end_at_once(host: Host) -> None:

@@ -127,9 +127,7 @@ def test_region_elsewhere_and_two_regions(host: Host) -> None:
     both = host.guest(
         "both", Entry(one, host.at_elsewhere), Entry(two, host.at, 8 * PAGE), do="fill:0,fill:1"
     )
-    first = host.guest(
-        "first", Entry(one, host.at, role="borrower"), do="await-fill,check", slot=1
-    )
+    first = host.guest("first", Entry(one, host.at, role="borrower"), do="await-fill,check", slot=1)
     second = host.guest(
         "second", Entry(two, host.at_elsewhere, 8 * PAGE, "borrower"), do="await-fill,check", slot=2
     )

@@ -19,6 +19,8 @@ from .host import ContractHost, Wrong
 
 SLOW_S = 5.0
 QUIET_S = 2.5
+XENS_OWN_PAGES = 4
+"""What Xen itself may keep for later of a run; a domain that leaks costs some thirty at least."""
 
 
 def main(names: Sequence[str]) -> int:
@@ -56,7 +58,7 @@ def main(names: Sequence[str]) -> int:
             failed += 1
             print(f"FAIL domains left behind: {sorted(left)}")
         free_after = ContractHost(xen, quiet_s=QUIET_S).free_pages()
-        if free_after != free_before:
+        if abs(free_after - free_before) > XENS_OWN_PAGES:
             failed += 1
             print(f"FAIL {free_before} pages were free before, {free_after} are now")
     print(f"{passed} passed, {failed} failed")

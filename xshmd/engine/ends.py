@@ -81,9 +81,16 @@ class Ends:
 
     async def collect(self) -> None:
         """Free every region and holder that nobody has or awaits."""
+        for region in self._ledger.regions:
+            if self._ledger.holder(region.holder_uuid) is None:
+                await self._ledger.drop_region(region.region_id)
+        back = {g.name for g in self._ledger.guests if g.state is GuestState.ATTACHED}
         for guest in self._ledger.guests:
-            waited = self._clock.now() - guest.ended_at
-            if guest.state is GuestState.REBOOTING and waited >= self._options.reboot_grace_s:
+            if guest.state is not GuestState.REBOOTING:
+                continue
+            if guest.name in back:
+                await self._ledger.drop_guest(guest.generation)
+            elif self._clock.now() - guest.ended_at >= self._options.reboot_grace_s:
                 await self._ledger.drop_guest(guest.generation)
                 log.info("guest no longer awaited", guest=guest.name)
         for holder in self._ledger.holders:

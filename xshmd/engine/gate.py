@@ -27,6 +27,8 @@ from xshmd.units import DOMID_0, DOMID_FIRST_RESERVED, DomId
 log = structlog.get_logger()
 
 ROOT: Final = "/libxl"
+AGAIN_S: Final = 1.0
+"""When to look again at what could not be looked at."""
 _DOMAIN_PATH: Final = re.compile(r"/libxl/([0-9]{1,5})(?:/(.*))?")
 
 
@@ -41,7 +43,7 @@ class Gate:
         self._xen, self._store, self._ledger, self._locks = xen, store, ledger, locks
         self._worker = XenWorker()
         self._seen: dict[DomId, str] = {}
-        self._held: dict[str, HeldLock] = {}
+        self._held: dict[tuple[DomId, str], HeldLock] = {}
         self.had_run: set[str] = set()
         """Generations of guests that had run before they could be held."""
 
@@ -68,14 +70,22 @@ class Gate:
                 connection was lost and is back.
             task_status: Started once what is there at the start has been looked at.
         """
-        async with self._store.watch(ROOT) as events:
+        async with self._store.watch(ROOT) as events, trio.open_nursery() as nursery:
+
+            async def again(path: str) -> None:
+                await trio.sleep(AGAIN_S)
+                await handle(path)
+
+            async def handle(path: str) -> None:
+                try:
+                    await self._handle(path, on_change, at_start=not started)
+                except XshmError as error:
+                    log.warning("gate could not look", path=path, reason=error.one_line())
+                    nursery.start_soon(again, path)
+
             started = False
             async for event in events:
-                try:
-                    await self._handle(event.path, on_change, at_start=not started)
-                except XshmError as error:
-                    # After a lost connection the watch fires for all of /libxl again.
-                    log.warning("gate could not look", path=event.path, reason=error.one_line())
+                await handle(event.path)
                 if not started:
                     started = True
                     task_status.started()
@@ -103,6 +113,7 @@ class Gate:
         # libxl removes the node before it destroys the domain: without it, this is an end.
         if await self._store.read(f"{ROOT}/{domid}/type") is None:
             self._seen.pop(domid, None)
+            self._unlock_domain(domid)
             return
         info = await self._worker.run(self._xen.domain_info, domid)
         if info is None or info.dying or self._seen.get(domid) == info.uuid:
@@ -116,25 +127,25 @@ class Gate:
         guest = Guest(
             domid=domid, uuid=info.uuid, name="", generation=new_generation(), state=GuestState.HELD
         )
+        # The lock first, since it costs nothing and falls with us; then the record, so that should
+        # we die before the pause or after it, the next start finds it.
+        self.lock(guest)
         try:
-            # The record first: should we die between it and the pause, the next start finds it.
             await self._ledger.put_guest(guest)
             await self._hold(guest)
-        except DomainGone:
+        except HypercallFailed as error:
             self._seen.pop(domid, None)
+            self.unlock(guest)
             await self._ledger.drop_guest(guest.generation)
+            if not isinstance(error, DomainGone):
+                raise
         except XshmError:
-            self._seen.pop(domid, None)
+            self._seen.pop(domid, None)  # the lock stays: this domain is looked at again
             raise
 
     async def _hold(self, guest: Guest) -> None:
-        self.lock(guest)
-        try:
-            await self._worker.run(self._xen.pause, guest.domid)
-            info = await self._worker.run(self._xen.domain_info, guest.domid)
-        except HypercallFailed:
-            self.unlock(guest)
-            raise
+        await self._worker.run(self._xen.pause, guest.domid)
+        info = await self._worker.run(self._xen.domain_info, guest.domid)
         if info is not None and info.cpu_time_ns > 0:
             self.had_run.add(guest.generation)
 
@@ -144,10 +155,11 @@ class Gate:
 
     def lock(self, guest: Guest) -> None:
         """Take the creation lock, where it can be had."""
-        if guest.generation not in self._held:
-            lock = self._locks.try_hold(guest.domid, guest.uuid)
+        key = (guest.domid, guest.uuid)
+        if key not in self._held:
+            lock = self._locks.try_hold(*key)
             if lock is not None:
-                self._held[guest.generation] = lock
+                self._held[key] = lock
 
     def creation_is_over(self, guest: Guest) -> bool:
         """Return whether the toolstack has done everything but start the guest."""
@@ -155,9 +167,15 @@ class Gate:
 
     def unlock(self, guest: Guest) -> None:
         """Let ``xl create`` go on; may be called again without harm."""
-        lock = self._held.pop(guest.generation, None)
+        lock = self._held.pop((guest.domid, guest.uuid), None)
         if lock is not None:
             lock.release()
+
+    def _unlock_domain(self, domid: DomId) -> None:
+        recorded = self._ledger.guest_of_domain(domid)
+        for key in [key for key in self._held if key[0] == domid]:
+            if recorded is None or recorded.uuid != key[1]:
+                self._held.pop(key).release()
 
     def close(self) -> None:
         """Let go of every lock; pauses stay, and are found again by the next start."""

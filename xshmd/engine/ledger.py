@@ -26,6 +26,7 @@ class Ledger:
         self._holders: dict[str, Holder] = {}
         self._regions: dict[str, Region] = {}
         self._guests: dict[str, Guest] = {}
+        self._doubtful: set[str] = set()
 
     async def load(self) -> tuple[StoreError, ...]:
         """Read every record back after a start; return what could not be read.
@@ -109,15 +110,45 @@ class Ledger:
             if any(request.region_id == region_id for request in guest.requests)
         )
 
+    # -- writing --------------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Make xenstore say what memory does, where an answer was lost and nobody knows."""
+        for path in tuple(self._doubtful):
+            text = self._text(path)
+            if text is None:
+                await self._store.remove(path)
+            else:
+                await self._store.write(path, text)
+            self._doubtful.discard(path)
+
+    def _text(self, path: str) -> str | None:
+        record = (
+            self._holders.get(path.removeprefix(records.holder_path("")))
+            or self._regions.get(path.removeprefix(records.region_path("")))
+            or self._guests.get(path.removeprefix(records.guest_path("")))
+        )
+        return None if record is None else records.encode(record)
+
+    async def _write(self, path: str, text: str, also: Iterable[tuple[str, str]] = ()) -> None:
+        self._doubtful.add(path)
+        await self._store.write_many([(path, text), *also])
+        self._doubtful.discard(path)
+
+    async def _remove(self, path: str) -> None:
+        self._doubtful.add(path)
+        await self._store.remove(path)
+        self._doubtful.discard(path)
+
     async def put_holder(self, holder: Holder) -> Holder:
         """Record a holder, new or changed."""
-        await self._store.write(records.holder_path(holder.uuid), records.encode(holder))
+        await self._write(records.holder_path(holder.uuid), records.encode(holder))
         self._holders[holder.uuid] = holder
         return holder
 
     async def put_region(self, region: Region) -> Region:
         """Record a region, new or changed."""
-        await self._store.write(records.region_path(region.region_id), records.encode(region))
+        await self._write(records.region_path(region.region_id), records.encode(region))
         self._regions[region.region_id] = region
         return region
 
@@ -129,22 +160,21 @@ class Ledger:
 
     async def put_guest(self, guest: Guest, also: Iterable[tuple[str, str]] = ()) -> Guest:
         """Record a guest, new or changed, and write ``also`` in the same go, after it."""
-        path = records.guest_path(guest.generation)
-        await self._store.write_many([(path, records.encode(guest)), *also])
+        await self._write(records.guest_path(guest.generation), records.encode(guest), also)
         self._guests[guest.generation] = guest
         return guest
 
     async def drop_holder(self, uuid: str) -> None:
         """Forget a holder that is gone."""
-        await self._store.remove(records.holder_path(uuid))
+        await self._remove(records.holder_path(uuid))
         self._holders.pop(uuid, None)
 
     async def drop_region(self, region_id: str) -> None:
         """Forget a region whose frames are gone."""
-        await self._store.remove(records.region_path(region_id))
+        await self._remove(records.region_path(region_id))
         self._regions.pop(region_id, None)
 
     async def drop_guest(self, generation: str) -> None:
         """Forget one life of a guest."""
-        await self._store.remove(records.guest_path(generation))
+        await self._remove(records.guest_path(generation))
         self._guests.pop(generation, None)

@@ -170,9 +170,12 @@ class Passage:
         # A guest that was begun has its target, or may have: no other holder will do.
         uuid = guest.holder_uuid or plan.holder_uuid
         holder = self._ledger.holder(uuid) if uuid else None
-        if holder is None and guest.holder_uuid:
+        if holder is None and uuid:
+            # Others run with pages of it: a new one would give this guest other memory than theirs.
             raise Conflict(
-                f"the holder of guest {guest.name} is gone", hint="start the guest again"
+                f"the holder of what guest {guest.name} wants was destroyed by somebody else",
+                hint="end all guests of the region, then start them again",
+                guest=guest.name,
             )
         if holder is None:
             holder = await self._holders.create()
@@ -212,9 +215,6 @@ class Passage:
         attached = await self._ledger.put_guest(
             dataclasses.replace(guest, state=GuestState.ATTACHED)
         )
-        for earlier in self._ledger.guests:
-            if earlier.state is GuestState.REBOOTING and guest.name == earlier.name:
-                await self._ledger.drop_guest(earlier.generation)
         self._declared.pop(guest.name, None)
         self._gate.unlock(attached)
         self.forget(attached)

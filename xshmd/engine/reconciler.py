@@ -192,6 +192,7 @@ class Reconciler:
     async def _look(self) -> None:
         """Compare what the ledger believes with what Xen has, and take every guest a step on."""
         self._look_due = False
+        await self._ledger.settle()
         domains = await self._domains(self._worker)
         await self._ends.check_holders(domains)
         for guest in self._ledger.guests:

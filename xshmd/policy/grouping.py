@@ -9,9 +9,12 @@ this host, therefore decides where a region goes; two groups that already live c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from xshmd.errors import Conflict
-from xshmd.model import Guest, GuestConfig, Region
+from xshmd.model import Guest, GuestConfig, GuestState, Region
+
+_HAS_PAGES: Final = (GuestState.ATTACHING, GuestState.MAPPING, GuestState.ATTACHED)
 
 
 def linked_regions(
@@ -64,7 +67,7 @@ def choose_holder(
     home = {
         request.region_id: guest.holder_uuid
         for guest in guests
-        if guest.holder_uuid
+        if guest.holder_uuid and guest.name != config.name and guest.state in _HAS_PAGES
         for request in guest.requests
     }
     home |= {region.region_id: region.holder_uuid for region in regions}

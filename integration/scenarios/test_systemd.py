@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The units as they are shipped, hardening and all, where systemd is dom0's process 1."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from integration import Machine
+from integration.scenarios.conftest import CONFIG_FOLDERS
+from integration.scenarios.guest import Entry
+from integration.scenarios.host import SOCKET, Host, artefacts, names
+
+pytestmark = [pytest.mark.arch("x86_64"), pytest.mark.own_boot]
+
+UNIT = "xshmd.service"
+WORST_EXPOSURE = 2.0
+LIMIT_S = 1500
+
+
+class Installed(Host):
+    """A host whose daemon is systemd's to run."""
+
+    def show(self, *properties: str, unit: str = UNIT) -> dict[str, str]:
+        done = self.dom0.run(["systemctl", "show", unit, f"--property={','.join(properties)}"])
+        return dict(line.split("=", 1) for line in done.text.splitlines())
+
+    def systemctl(self, *words: str) -> None:
+        self.dom0.run(["systemctl", *words], timeout_s=120)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What the unit has said so far."""
+        text = self.dom0.run(["journalctl", "-u", UNIT, "-o", "json", "--no-pager"]).text
+        return [json.loads(line) for line in text.splitlines()]
+
+    def log(self, since: int = 0) -> str:
+        return "\n".join(str(entry.get("MESSAGE", "")) for entry in self.journal())[since:]
+
+
+@pytest.fixture(scope="module")
+def installed(arch: str) -> Iterator[Installed]:
+    """The machine, with xen.service up and xshmd not started yet."""
+    folder = artefacts(arch, "systemd")
+    with Machine(arch, artefacts=folder, time_limit_s=LIMIT_S, init="systemd") as machine:
+        machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
+        machine.dom0.run("systemctl is-system-running --wait", check=False, timeout_s=300)
+        host = Installed(machine)
+        try:
+            yield host
+        finally:
+            (folder / "journal.log").write_bytes(
+                machine.dom0.run("journalctl -b --no-pager", check=False).stdout
+            )
+            host.close()
+
+
+@pytest.fixture
+def host_with_service(installed: Installed) -> Iterator[Installed]:
+    """The same with the service running, and without guests before and after."""
+    installed.systemctl("start", UNIT)
+    yield installed
+    left = installed.clean_up()
+    installed.wait(lambda: len(installed.ask("domains")) == 1, "all domains but dom0 are gone")
+    assert left == []
+
+
+def test_socket_starts_the_service(installed: Installed) -> None:
+    """Who asks before the daemon runs starts it by asking."""
+    installed.systemctl("stop", UNIT, "xshmd.socket")
+    installed.systemctl("start", "xshmd.socket")
+    assert installed.show("ActiveState")["ActiveState"] == "inactive"
+    mode = installed.dom0.run(["stat", "-c", "%a %U", SOCKET, "/run/xshmd"]).text
+    assert mode.splitlines() == ["600 root", "700 root"]
+    assert installed.xshmctl("list").text == "no regions."
+    shown = installed.show("ActiveState", "SubState", "Type")
+    assert shown == {"ActiveState": "active", "SubState": "running", "Type": "notify"}
+
+
+def test_units_verify(installed: Installed) -> None:
+    """`systemd-analyze verify` has nothing to say about either unit."""
+    done = installed.dom0.run(
+        ["systemd-analyze", "verify", "--man=no", UNIT, "xshmd.socket"], check=False, timeout_s=120
+    )
+    said = (done.stdout + done.stderr).decode()
+    assert not [line for line in said.splitlines() if "xshmd" in line], said
+    assert done.status == 0, said
+
+
+def test_exposure(installed: Installed, record_property: Any) -> None:
+    """`systemd-analyze security` finds the service well hardened."""
+    done = installed.dom0.run(["systemd-analyze", "security", "--no-pager", UNIT], timeout_s=120)
+    (installed.artefacts / "security.log").write_bytes(done.stdout)
+    score = re.search(r"Overall exposure level for xshmd\.service: ([0-9.]+)", done.text)
+    assert score is not None, done.text
+    print(f"systemd-analyze security xshmd.service: {score[1]}")
+    record_property("exposure", score[1])
+    assert float(score[1]) <= WORST_EXPOSURE, done.text
+
+
+def test_plain_xl_create(host_with_service: Installed) -> None:
+    """Guests get their regions by plain `xl create` from the hardened service, wherever their
+    configuration is; status and journal say so."""
+    host = host_with_service
+    region = host.unique("demo")
+    owner = host.guest("owner", Entry(region, host.at), do="fill,beat")
+    borrower = host.guest(
+        "borrower", Entry(region, host.at, role="borrower"), do="await-fill,check,watch", slot=1
+    )
+    host.create(owner)
+    # xl sees another /tmp than a service with PrivateTmp= would.
+    text = host.dom0.get(host.config_path(borrower))
+    host.dom0.put(f"/tmp/{borrower.name}.cfg", text)
+    host.created.append(borrower)
+    host.dom0.run(["xl", "create", f"{borrower.name}.cfg"], cwd="/tmp", timeout_s=120)
+    host.wait_said(borrower, "checked pages=256 bad=0 seed=7")
+    assert names(host.regions()) == [region]
+    attached = [e for e in host.journal() if str(e["MESSAGE"]).startswith("guest attached")]
+    assert {entry["PRIORITY"] for entry in attached[-2:]} == {"6"}
+    assert len(attached) >= 2
+    host.dom0.run(f"rm /tmp/{borrower.name}.cfg")
+    host.destroy(owner, borrower)
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_restart_while_guests_run(host_with_service: Installed, how: str) -> None:
+    """`systemctl restart`, and a kill -9 that systemd answers by itself: guests go on, regions are
+    the same, a third guest can join."""
+    host = host_with_service
+    region = host.unique("demo")
+    beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
+    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
+    host.create(beater)
+    host.create(watcher)
+    host.wait_beats(watcher, 0)
+    before, pid = host.regions(), host.show("MainPID")["MainPID"]
+    if how == "restart":
+        host.systemctl("restart", UNIT)
+    else:
+        host.systemctl("kill", "--signal=KILL", UNIT)
+    host.wait(
+        lambda: (
+            host.show("MainPID")["MainPID"] not in ("0", pid)
+            and host.show("ActiveState")["ActiveState"] == "active"
+        ),
+        "the service is up again",
+    )
+    assert host.regions() == before
+    host.wait_beats(watcher, 0)
+    third = host.guest("third", Entry(region, host.at, role="borrower"), do="check", slot=2)
+    host.create(third)
+    host.wait_said(third, "checked pages=256 bad=0 seed=7")
+    host.destroy(third, watcher, beater)
+
+
+def test_refusal(host_with_service: Installed) -> None:
+    """A guest that cannot have its region fails to start, and the journal has the reason as an
+    error."""
+    host = host_with_service
+    guest = host.guest("refused", Entry(host.unique("bad"), host.at, role="borrower"))
+    assert host.create(guest, check=False).status != 0
+    assert host.domid(guest) is None
+    refused = [e for e in host.journal() if str(e["MESSAGE"]).startswith("guest refused")]
+    assert "which nobody defines" in refused[-1]["MESSAGE"]
+    assert refused[-1]["PRIORITY"] == "3"
+
+
+def test_watchdog_and_status(host_with_service: Installed) -> None:
+    """systemd's watchdog is on and fed, and `systemctl status` says how many regions there are."""
+    host = host_with_service
+    shown = host.show("WatchdogUSec", "WatchdogTimestampMonotonic", "StatusText")
+    assert shown["WatchdogUSec"] == "1min"
+    assert re.fullmatch(r"0 regions, 0 guests", shown["StatusText"])
+    fed = shown["WatchdogTimestampMonotonic"]
+    host.wait(
+        lambda: host.show("WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"] != fed,
+        "the watchdog is fed",
+    )
+    assert "xshmd.service" in host.dom0.run(["systemctl", "status", "--no-pager", UNIT]).text
+
+
+def test_nothing_denied(host_with_service: Installed) -> None:
+    """Nothing the daemon did so far ran into its own hardening, or ended in a traceback."""
+    said = host_with_service.log()
+    for word in ("Traceback", "Operation not permitted", "Read-only file system", "PermissionErr"):
+        assert word not in said, said[-3000:]
