@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs the unit tests as Debian 13 would: its Python, its library versions, our compiled modules.
 
-The host's own run (``make unit``) has PyPI's newest of everything and no compiled module; between the
-two is every version this project promises to work with.
+The host's own run (``make unit``) has PyPI's newest of everything and no compiled module; between
+the two is every version this project promises to work with.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def test_show(capsys: Captured) -> None:
         "      Ready: yes\n"
         "     Holder: domain 3, uuid 00000000-0000-0000-0000-000000000003, frames 0x100..0x1ff\n"
         "    Members: ctl (domain 5, attached): owner rw at 0x38000000, frames 0x38000..0x380ff\n"
-        "             log (no domain, rebooting): borrower ro at 0x40000000, frames 0x40000..0x40001, "
-        "from the region's frame 0x1 on\n"
+        "             log (no domain, rebooting): borrower ro at 0x40000000, "
+        "frames 0x40000..0x40001, from the region's frame 0x1 on\n"
     )
 
 
