@@ -1,2 +1,3 @@
 from setuptools import setup
+
 setup(cffi_modules=["cffi_build.py:STABLE", "cffi_build.py:XENCTRL"])

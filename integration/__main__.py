@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--arch", choices=tuple(ARCHES), default=None)
         if name in ("boot", "shell", "exec"):
             verb.add_argument("--init", choices=("rig", "systemd"), default="rig")
+            verb.add_argument(
+                "--xenstored", choices=("xenstored", "oxenstored"), default="xenstored"
+            )
             verb.add_argument("--artefacts", type=Path, help="keep the console log there")
             verb.add_argument("--time-limit", type=float, metavar="S", default=None)
             verb.add_argument("--smp", type=int, default=2)
@@ -70,6 +73,7 @@ def _on_machine(arguments: argparse.Namespace, artefacts: Path) -> int:
         artefacts=artefacts,
         time_limit_s=limit_s,
         init=arguments.init,
+        xenstored=arguments.xenstored,
         smp=arguments.smp,
         memory_mib=arguments.memory,
         xen_args=tuple(arguments.xen_arg),

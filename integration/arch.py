@@ -18,7 +18,6 @@ class Arch:
         kernel_package: dom0's kernel, and the Linux guests'.
         xen_package: the hypervisor.
         disk_modules: what the initramfs must load to see the disks and the root file system.
-        disks: the block devices those modules make, the first with the root file system.
         configured: whether the packages' configuration scripts can run when the image is built;
             a foreign root is only unpacked, which is all a test machine needs.
     """
@@ -30,7 +29,6 @@ class Arch:
     kernel_package: str
     xen_package: str
     disk_modules: tuple[str, ...]
-    disks: tuple[str, ...]
     configured: bool
 
 
@@ -41,8 +39,7 @@ X86_64 = Arch(
     gcc="x86_64-linux-gnu-gcc",
     kernel_package="linux-image-amd64",
     xen_package="xen-hypervisor-4.20-amd64",
-    disk_modules=("ahci", "sd_mod", "crc32c_generic", "ext4"),
-    disks=("/dev/sda", "/dev/sdb"),
+    disk_modules=("virtio_pci", "virtio_blk", "crc32c_generic", "ext4"),
     configured=True,
 )
 ARM64 = Arch(
@@ -53,7 +50,6 @@ ARM64 = Arch(
     kernel_package="linux-image-arm64",
     xen_package="xen-hypervisor-4.20-arm64",
     disk_modules=("virtio_mmio", "virtio_blk", "crc32c_generic", "ext4"),
-    disks=("/dev/vda", "/dev/vdb"),
     configured=False,
 )
 ARCHES = {arch.name: arch for arch in (X86_64, ARM64)}

@@ -42,7 +42,7 @@ def python() -> Path:
         return interpreter
     with step("making the venv for the host's tests"):
         _make(folder)
-        command = [interpreter, "-m", "pip", "install", "--quiet", *wanted]
+        command = [str(interpreter), "-m", "pip", "install", "--quiet", *wanted]
         subprocess.run(
             command, check=True, timeout=900, stdin=subprocess.DEVNULL, stdout=sys.stderr
         )

@@ -51,33 +51,6 @@ DOM0_PACKAGES = (
     "python3-trio",
     "python3-varlink",
 )
-# Units that only cost time on a machine that lives for a minute, and whose console is a log file.
-MASKED_UNITS = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "console-getty.service",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "fstrim.timer",
-    "getty.target",
-    "getty@.service",
-    "ldconfig.service",
-    "modprobe@.service",
-    "networking.service",
-    "serial-getty@.service",
-    "systemd-boot-random-seed.service",
-    "systemd-firstboot.service",
-    "systemd-hwdb-update.service",
-    "systemd-networkd.service",
-    "systemd-pcrphase.service",
-    "systemd-random-seed.service",
-    "systemd-remount-fs.service",
-    "systemd-tmpfiles-clean.timer",
-    "systemd-udev-settle.service",
-    "systemd-update-done.service",
-    "systemd-update-utmp.service",
-)
 
 
 @dataclass(frozen=True)
@@ -117,7 +90,6 @@ def get_image(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Image:
             DISK_SIZE,
             repr(arch),
             *DOM0_PACKAGES,
-            *MASKED_UNITS,
             (HERE / "dom0/initramfs-init").read_text(),
             Path(__file__).read_text(),
             inspect.getsource(unpack_debian),
@@ -197,7 +169,7 @@ def _boot_files(arch: Arch, tools: ToolRoot, root: Path, content: Path, log: Pat
             if name not in order:
                 order.append(name)
                 (ramdisk / "mods" / f"{name}.ko").write_bytes(_module_bytes(file))
-    init = init.replace("@MODULES@", " ".join(order)).replace("@DISKS@", " ".join(arch.disks))
+    init = init.replace("@MODULES@", " ".join(order))
     (ramdisk / "init").write_text(init)
     (ramdisk / "init").chmod(0o755)
     tools.run(
@@ -239,16 +211,13 @@ def _finish_root(arch: Arch, tools: ToolRoot, root: Path, log: Path) -> None:
     (root / "etc/fstab").write_text("")
     (root / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
     (root / "rig").mkdir()
+    # oxenstored will not start without a place for its log
+    (root / "var/log/xen/console").mkdir(parents=True, exist_ok=True)
     shutil.copy(next((root / "boot").glob("vmlinuz-*")), root / "rig/vmlinuz")
     if not arch.configured:  # an unpacked kernel is packed on arm64, and its guests take none such
         _copy_unpacked(root / "rig/vmlinuz", root / "rig/vmlinuz")
     for needless in ("boot", "var/cache/apt", "var/lib/apt", "usr/share/doc", "usr/share/locale"):
         shutil.rmtree(root / needless, ignore_errors=True)
-    for unit in MASKED_UNITS:
-        link = root / "etc/systemd/system" / unit
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to("/dev/null")
     # Bytecode is the same on every architecture. Compiling in an emulated machine takes seconds.
     tools.run(
         [

@@ -76,12 +76,13 @@ class Machine:
         artefacts: Path,
         time_limit_s: float = 600,
         init: str = "rig",
+        xenstored: str = "xenstored",
         xen_args: tuple[str, ...] = (),
         linux_args: tuple[str, ...] = (),
         dom0_memory_mib: int = 1024,
         memory_mib: int = 3072,
         smp: int = 2,
-        boot_limit_s: float = 240,
+        boot_limit_s: float = 300,
     ) -> None:
         """Say what to boot; nothing happens before the machine is entered.
 
@@ -90,6 +91,7 @@ class Machine:
             artefacts: see the class.
             time_limit_s: the machine is killed after this, whatever goes on.
             init: "rig" or "systemd", see `qemu.Shape`.
+            xenstored: "xenstored" or "oxenstored", see `qemu.Shape`.
             xen_args: added to Xen's command line.
             linux_args: added to dom0's kernel command line.
             dom0_memory_mib: dom0's share of the memory.
@@ -107,6 +109,7 @@ class Machine:
             dom0_memory_mib=dom0_memory_mib,
             smp=smp,
             init=init,
+            xenstored=xenstored,
             xen_args=xen_args,
             linux_args=linux_args,
         )

@@ -27,8 +27,49 @@ PACKAGES = PurePosixPath("usr/lib/python3/dist-packages")
 UNITS = PurePosixPath("usr/lib/systemd/system")
 RIG = PurePosixPath("rig")
 AGENT_UNIT = "xshmd-rig-agent.service"
+ENABLED_UNITS = ("xen.service", "xendomains.service", AGENT_UNIT)
+# Units that only cost time on a machine that lives for a minute and whose console is a log file.
+# The devices that udev would trigger are all there already, in devtmpfs.
+MASKED_UNITS = (
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+    "getty.target",
+    "kmod-static-nodes.service",
+    "ldconfig.service",
+    "modprobe@.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-binfmt.service",
+    "systemd-firstboot.service",
+    "systemd-hwdb-update.service",
+    "systemd-journal-catalog-update.service",
+    "systemd-logind.service",
+    "systemd-networkd.service",
+    "systemd-pcrphase.service",
+    "systemd-random-seed.service",
+    "systemd-remount-fs.service",
+    "systemd-tmpfiles-clean.timer",
+    "systemd-udev-load-credentials.service",
+    "systemd-udev-settle.service",
+    "systemd-udev-trigger.service",
+    "systemd-update-done.service",
+    "systemd-update-utmp.service",
+    "systemd-user-sessions.service",
+)
+# Where files of integration/dom0 go that do not go to /rig.
+ELSEWHERE = {
+    AGENT_UNIT: UNITS / AGENT_UNIT,
+    "default-xen": PurePosixPath("etc/default/xen"),
+}
+_OWN_UNITS = PurePosixPath("etc/systemd/system")
 LINKS = {
-    f"etc/systemd/system/multi-user.target.wants/{AGENT_UNIT}": f"/{UNITS}/{AGENT_UNIT}",
+    **{f"{_OWN_UNITS}/multi-user.target.wants/{u}": f"/{UNITS}/{u}" for u in ENABLED_UNITS},
+    **{f"{_OWN_UNITS}/{u}": "/dev/null" for u in MASKED_UNITS},
     "rig/guests/vmlinuz": "../vmlinuz",
 }
 _UNIT_SUFFIXES = {".service", ".socket", ".target", ".mount", ".path", ".timer"}
@@ -87,7 +128,7 @@ def _ours(sources: Sources) -> Iterator[tuple[PurePosixPath, File]]:
             yield UNITS / name.name, file
     for name, file in sources.below("integration/dom0"):
         if name.name != "initramfs-init":  # that one is the image's
-            yield UNITS / name if name.name == AGENT_UNIT else RIG / name, file
+            yield ELSEWHERE.get(name.name, RIG / name), file
     for name, file in sources.below("tests"):
         yield RIG / "tests" / name, file
     for file in sources.files:

@@ -36,6 +36,8 @@ class Shape:
         dom0_memory_mib: dom0's share; guests and regions have the rest.
         smp: host CPUs. Dom0 has CPU 0 to itself.
         init: "rig" (ready in seconds) or "systemd" (as on a real machine).
+        xenstored: with init="rig" the store to start, "xenstored" (in C) or "oxenstored"; systemd
+            starts Debian's choice, which is oxenstored.
         xen_args: added to Xen's command line.
         linux_args: added to dom0's kernel command line.
     """
@@ -44,10 +46,12 @@ class Shape:
     dom0_memory_mib: int = 1024
     smp: int = 2
     init: str = "rig"
+    xenstored: str = "xenstored"
     xen_args: tuple[str, ...] = ()
     linux_args: tuple[str, ...] = ()
 
 
+_DMA_API = "iommu_platform=on,disable-legacy=on"
 _INITS = {"rig": "/rig/rig-init", "systemd": "/lib/systemd/systemd"}
 
 
@@ -89,6 +93,9 @@ def command(arch: Arch, shape: Shape, *, channel_fd: int, kernel_bytes: int) -> 
         *("-accel", "tcg,thread=multi" if accel == "tcg" else accel),
         *("-m", str(shape.memory_mib), "-smp", str(shape.smp)),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"),
+        # One image serves every boot: what dom0 writes is forgotten.
+        *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
+        *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
         *("-chardev", f"file,id=console,path={ARTEFACTS}/{CONSOLE_LOG}"),
         *("-serial", "chardev:console"),
         *("-chardev", f"socket,id=channel,fd={channel_fd}"),
@@ -104,8 +111,12 @@ def _xen_args(shape: Shape, *own: str) -> str:
 
 
 def _linux_args(shape: Shape, *own: str) -> str:
-    words = ("console=hvc0", f"init={_INITS[shape.init]}", "systemd.unit=multi-user.target")
-    return " ".join((*own, *words, "panic=1", *shape.linux_args))
+    words = [*own, "console=hvc0", f"init={_INITS[shape.init]}", "panic=1"]
+    if shape.init == "systemd":
+        words.append("systemd.unit=multi-user.target")
+    else:
+        words.append(f"rig.xenstored={shape.xenstored}")
+    return " ".join((*words, *shape.linux_args))
 
 
 def _x86_64(shape: Shape, accel: str) -> list[str]:
@@ -115,7 +126,8 @@ def _x86_64(shape: Shape, accel: str) -> list[str]:
         # FPU switching two HVM guests on one CPU corrupt each other's vector registers.
         own += ["dom0_vcpus_pin", "spec-ctrl=eager-fpu"]
     xen = _xen_args(shape, *own)
-    linux = _linux_args(shape, "root=/dev/sda", "mitigations=off")
+    # Protecting and then checking the kernel's own page tables takes seconds under emulation.
+    linux = _linux_args(shape, "mitigations=off", *(("rodata=off",) if accel == "tcg" else ()))
     return [
         "qemu-system-x86_64",
         *("-machine", "q35"),
@@ -123,14 +135,11 @@ def _x86_64(shape: Shape, accel: str) -> list[str]:
         *("-cpu", "EPYC,-monitor" if accel == "tcg" else "host"),
         *("-kernel", f"{IMAGE}/xen", "-append", xen),
         *("-initrd", f"{IMAGE}/kernel {_commas(linux)},{IMAGE}/initramfs"),
-        # For a PV dom0 guest-physical is not machine-physical: disks must be real DMA devices, and
-        # virtio ones must go through the DMA API.
-        *("-device", "ahci,id=ahci"),
-        *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
-        *("-device", "ide-hd,drive=root,bus=ahci.0"),
-        *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
-        *("-device", "ide-hd,drive=payload,bus=ahci.1"),
-        *("-device", "virtio-serial-pci,iommu_platform=on,disable-legacy=on"),
+        # For a PV dom0 guest-physical is not machine-physical: virtio must go through the DMA API,
+        # which is what iommu_platform=on makes it do.
+        *("-device", f"virtio-blk-pci,drive=root,{_DMA_API}"),
+        *("-device", f"virtio-blk-pci,drive=payload,{_DMA_API}"),
+        *("-device", f"virtio-serial-pci,{_DMA_API}"),
     ]
 
 
@@ -146,9 +155,7 @@ def _arm64(shape: Shape, accel: str) -> list[str]:
         *_loader(_ARM64_KERNEL_AT, f"kernel={IMAGE}/kernel,bootargs={_commas(linux)}"),
         *_loader(_ARM64_INITRAMFS_AT, f"initrd={IMAGE}/initramfs"),
         # An Arm dom0 is direct-mapped: plain virtio does.
-        *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
         *("-device", "virtio-blk-device,drive=root"),
-        *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
         *("-device", "virtio-blk-device,drive=payload"),
         *("-device", "virtio-serial-device"),
     ]

@@ -471,6 +471,30 @@ def test_an_answer_late_at_any_change() -> None:
     assert failed == []
 
 
+async def test_a_look_while_the_gate_writes(autojump_clock: MockClock) -> None:
+    """What is in memory is in xenstore, though a record was on its way when somebody looked."""
+    async with world() as host:
+        daemon = await host.start()
+        await host.tools.create(host.config("first", host.request("old", at=64)))
+
+        def is_new_record(request: xs.Request) -> bool:
+            return request.op == xs.WRITE and request.path.startswith("/xshmd/guests/")
+
+        host.server.faults.silent = is_new_record
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.tools.create, host.config("a", host.request("r")))
+            await trio.sleep(0.5)
+            assert len(host.server.connection.held) == 1
+            host.server.introduce(99)  # something happens elsewhere
+            await trio.sleep(0.5)
+            host.server.faults.silent = lambda request: False
+            host.server.answer_held()
+            await host.until(lambda: daemon.guest("a") is not None or daemon.is_attached("a"))
+            for guest in daemon.engine.snapshot().guests:
+                assert f"/xshmd/guests/{guest.generation}" in host.server.nodes
+        assert host.ran_wrongly == []
+
+
 async def test_nothing_is_mapped_while_xenstored_is_gone(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start()

@@ -32,7 +32,7 @@ from integration.toolroot import ToolError
 HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
-PHASES: Final = ("creates", "restarts", "map", "counts", "client", "linux")
+PHASES: Final = ("map", "creates", "restarts", "client", "counts", "linux")
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 LIBRARIES: Final = ("xencall", "xenforeignmemory")
 

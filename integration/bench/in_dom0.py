@@ -36,7 +36,7 @@ HERE: Final = Path(__file__).resolve().parent
 MIB: Final = 1 << 20
 FRAMES: Final = 65536
 """256 MiB."""
-SINGLES: Final = 8192
+SINGLES: Final = 4096
 """Frames removed one by one in a round; the rest go by multicall, lest a round take 10 s."""
 HOLDER_GFN: Final = Gfn(0x40200)
 GUEST_AT: Final = {"arm64": 0x1_0000_0000, "x86_64": 0x20_0000_0000}

@@ -139,6 +139,10 @@ class Probe:
             data = pages.read(0, nr_frames << 12)
         return len(data) - data.count(0)
 
+    def map_once(self, domid: DomId, gfn: Gfn, nr_frames: int) -> None:
+        """Map these frames into dom0, all at the same time, and let go of them."""
+        self._xen.map_pages(domid, gfn, nr_frames, writable=False).close()
+
     def populated(self, domid: DomId, gfns: list[Gfn]) -> list[int]:
         return list(self._xen.populated_frames(domid, gfns))
 

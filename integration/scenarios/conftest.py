@@ -50,10 +50,15 @@ def host(arch: str) -> Iterator[Host]:
 def _warm_up(host: Host) -> None:
     """Let Xen, dom0 and libxl allocate once what they keep: from then on pages can be counted.
 
-    Among it are the tables an Arm dom0 needs to map a region piece by piece: hence a large one.
+    Among it are the tables an Arm dom0 needs for the frames at which it maps others': it uses the
+    same ones again, so more at a time than any scenario or xshmd itself maps is enough.
     """
-    guest = host.guest("warm", Entry(host.unique("warm"), host.at, 64 * MIB))
+    region = host.unique("warm")
+    guest = host.guest("warm", Entry(region, host.at, 64 * MIB))
     host.create(guest)
+    record = host.region(region)
+    frames = record["holderDomainId"], record["holderFirstFrame"], record["frameCount"]
+    host.ask("map_once", *frames)
     host.wait_said(guest, "hello .*")
     host.destroy(guest)
     host.wait(lambda: not host.regions(), "the warm-up's region is gone")

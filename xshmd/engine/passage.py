@@ -18,7 +18,6 @@ from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
-from xshmd.engine.leftovers import remove_leftovers
 from xshmd.engine.options import Options
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
@@ -272,5 +271,4 @@ class Passage:
         if self._options.destroy_on_failure:
             with contextlib.suppress(DomainGone):
                 await self._worker.run(self._xen.destroy, guest.domid)
-            await remove_leftovers(self._store, guest)
         self._gate.unlock(guest)

@@ -202,8 +202,8 @@ class Reconciler:
             if info is None or info.uuid != guest.uuid or info.dying:
                 await self._end(guest)
             elif guest.state is GuestState.DOOMED:
-                await self._passage.finish_doom(guest)
                 if self._options.destroy_on_failure:
+                    await self._passage.finish_doom(guest)
                     await self._end(guest)
             elif guest.state is not GuestState.ATTACHED:
                 try:
@@ -215,6 +215,8 @@ class Reconciler:
 
     async def _end(self, guest: Guest) -> None:
         self._passage.forget(guest)
+        if guest.state is GuestState.DOOMED:
+            await self._sweep(guest)
         wait_s = await self._ends.ended(self._ledger.guest(guest.generation) or guest)
         if wait_s:
             self._look_in(wait_s)
@@ -222,8 +224,9 @@ class Reconciler:
             self._later(LEFTOVERS_S, lambda: self._put.send_nowait(lambda: self._sweep(guest)))
 
     async def _sweep(self, guest: Guest) -> None:
-        # xl was still at work on it when it was destroyed, and may have written nodes since.
-        if await self._worker.run(self._xen.domain_info, guest.domid) is None:
+        # Twice: xl was still at work on it when it was destroyed, and may have written nodes since.
+        info = await self._worker.run(self._xen.domain_info, guest.domid)
+        if info is None or (info.uuid == guest.uuid and info.dying):
             await remove_leftovers(self._store, guest)
 
     # -- holders and `xl shutdown` --------------------------------------------------------------

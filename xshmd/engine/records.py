@@ -93,15 +93,29 @@ def _request_document(request: RegionRequest) -> Document:
 def _request(document: Document) -> RegionRequest:
     file, key, line = document["at"]
     return RegionRequest(
-        region_id=document["id"],
-        first_gfn=Gfn(document["gfn"]),
-        nr_frames=document["frames"],
+        region_id=_text(document, "id"),
+        first_gfn=Gfn(_number(document, "gfn")),
+        nr_frames=_number(document, "frames"),
         role=Role(document["role"]),
         prot=Prot(document["prot"]),
-        offset_frames=document["offset"],
+        offset_frames=_number(document, "offset"),
         cache_policy=CachePolicy(document["cache"]) if document["cache"] else None,
         place=Place(file=file, key=key, line=line),
     )
+
+
+def _text(document: Document, key: str) -> str:
+    value = document[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key} is {value!r}, not a text")
+    return value
+
+
+def _number(document: Document, key: str) -> int:
+    value = document[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{key} is {value!r}, not a number")
+    return value
 
 
 def _document(path: str, text: str) -> Document:
@@ -128,7 +142,9 @@ def decode_holder(path: str, text: str) -> Holder:
     document = _document(path, text)
     try:
         return Holder(
-            uuid=document["uuid"], domid=DomId(document["domid"]), next_gfn=Gfn(document["next"])
+            uuid=_text(document, "uuid"),
+            domid=DomId(_number(document, "domid")),
+            next_gfn=Gfn(_number(document, "next")),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise _unreadable(path, repr(broken)) from broken
@@ -139,13 +155,13 @@ def decode_region(path: str, text: str) -> Region:
     document = _document(path, text)
     try:
         return Region(
-            region_id=document["id"],
-            nr_frames=document["frames"],
-            holder_uuid=document["holder"],
-            holder_first_gfn=Gfn(document["first"]),
+            region_id=_text(document, "id"),
+            nr_frames=_number(document, "frames"),
+            holder_uuid=_text(document, "holder"),
+            holder_first_gfn=Gfn(_number(document, "first")),
             lifetime=Lifetime(document["lifetime"]),
-            owner=document["owner"],
-            ready=document["ready"],
+            owner=_text(document, "owner"),
+            ready=document["ready"] is True,
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise _unreadable(path, repr(broken)) from broken
@@ -156,15 +172,15 @@ def decode_guest(path: str, text: str) -> Guest:
     document = _document(path, text)
     try:
         return Guest(
-            domid=DomId(document["domid"]),
-            uuid=document["uuid"],
-            name=document["name"],
-            generation=document["generation"],
+            domid=DomId(_number(document, "domid")),
+            uuid=_text(document, "uuid"),
+            name=_text(document, "name"),
+            generation=_text(document, "generation"),
             state=GuestState(document["state"]),
-            holder_uuid=document["holder"],
+            holder_uuid=_text(document, "holder"),
             requests=tuple(_request(request) for request in document["requests"]),
-            ended_at=document["ended"],
-            failure=document["failure"],
+            ended_at=float(document["ended"]),
+            failure=_text(document, "failure"),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise _unreadable(path, repr(broken)) from broken

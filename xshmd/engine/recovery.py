@@ -86,7 +86,7 @@ async def _vanished(ledger: Ledger, guest: Guest, clock: Clock) -> None:
         await ledger.put_guest(
             dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=clock.now())
         )
-    else:
+    elif guest.state is not GuestState.DOOMED:  # whose leftovers the first look removes
         await ledger.drop_guest(guest.generation)
 
 
