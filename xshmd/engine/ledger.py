@@ -131,13 +131,19 @@ class Ledger:
         return None if record is None else records.encode(record)
 
     async def _write(self, path: str, text: str, also: Iterable[tuple[str, str]] = ()) -> None:
-        self._doubtful.add(path)
-        await self._store.write_many([(path, text), *also])
+        try:
+            await self._store.write_many([(path, text), *also])
+        except BaseException:
+            self._doubtful.add(path)
+            raise
         self._doubtful.discard(path)
 
     async def _remove(self, path: str) -> None:
-        self._doubtful.add(path)
-        await self._store.remove(path)
+        try:
+            await self._store.remove(path)
+        except BaseException:
+            self._doubtful.add(path)
+            raise
         self._doubtful.discard(path)
 
     async def put_holder(self, holder: Holder) -> Holder:
