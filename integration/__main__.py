@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from integration.toolroot import ToolError
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    # What ends this program must end the machine too, in good order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.verb == "images":
             return _images(arguments)

@@ -92,7 +92,8 @@ def command(arch: Arch, shape: Shape, *, channel_fd: int, kernel_bytes: int) -> 
         *machine,
         *("-accel", "tcg,thread=multi" if accel == "tcg" else accel),
         *("-m", str(shape.memory_mib), "-smp", str(shape.smp)),
-        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"),
+        # When Xen or dom0 panics it reboots, which ends QEMU, which is noticed at once.
+        *("-no-reboot", "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none"),
         # One image serves every boot: what dom0 writes is forgotten.
         *("-drive", f"file={IMAGE}/root.img,format=raw,if=none,id=root,snapshot=on"),
         *("-drive", f"file={PAYLOAD},format=raw,if=none,id=payload,snapshot=on"),
@@ -107,7 +108,7 @@ def _xen_args(shape: Shape, *own: str) -> str:
     """Xen's command line. All log levels: what guests say to the emulated port 0xE9 goes there."""
     memory = f"dom0_mem={shape.dom0_memory_mib}M,max:{shape.dom0_memory_mib}M"
     words = (memory, "dom0_max_vcpus=1", "loglvl=all", "guest_loglvl=all", "conring_size=1M")
-    return " ".join((*own, *words, "noreboot", *shape.xen_args))
+    return " ".join((*own, *words, *shape.xen_args))
 
 
 def _linux_args(shape: Shape, *own: str) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import trio
 from fakes.hypervisor import READ_ONLY
@@ -23,6 +24,9 @@ from xshmd.model import Arch
 from xshmd.ports import CreationLock, HeldLock, Hypervisor, Store
 from xshmd.units import DomId
 
+T = TypeVar("T")
+SWEEP_STEP: Final = int(os.environ.get("XSHMD_SWEEP_STEP", "4"))
+"""Every how manieth cut is played; XSHMD_SWEEP_STEP=1 plays all, which takes some minutes."""
 RESTART_S: Final = 0.1
 """How soon systemd starts the daemon again."""
 
@@ -294,12 +298,17 @@ def cuts_of(boundaries: Sequence[Boundary]) -> list[Cut]:
     ]
 
 
+def sampled(places: Sequence[T], step: int = SWEEP_STEP) -> Sequence[T]:
+    """Return every step-th of these, the last one in any case."""
+    return [*places[:-1:step], *places[-1:]]
+
+
 def sweep(
-    scenario: Scenario, *, arch: Arch = Arch.X86_64, step: int = 1, **options: Any
+    scenario: Scenario, *, arch: Arch = Arch.X86_64, step: int = SWEEP_STEP, **options: Any
 ) -> tuple[int, list[str]]:
     """Play a scenario once for every cut; return how many there were, and what failed."""
     (boundaries,) = play(scenario, arch=arch, **options)
-    cuts = cuts_of(boundaries)[::step]
+    cuts = sampled(cuts_of(boundaries), step)
     failed = []
     for cut in cuts:
         try:

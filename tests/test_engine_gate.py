@@ -263,6 +263,21 @@ async def test_failures_may_leave_the_guest_to_the_admin(autojump_clock: MockClo
         await host.check_clean()
 
 
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_a_failed_attach_leaves_the_guest_as_it_was(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    async with world(arch) as host:
+        await host.start(destroy_on_failure=False)
+        host.xen.fail("map_foreign", errno.EINVAL, nth=2)
+        config = host.config("a", host.request("r", 3), host.request("s", 3, at=8))
+        made = await host.tools.create(config)
+        assert host.xen.by_domid[made.domid].pauses == 1
+        assert host.xen.foreign_frames(made.domid) == {}
+        await host.tools.destroy(made)
+        await host.check_clean()
+
+
 FAULTS = [
     ("create_holder_domain", 1), ("set_paging_pool_bytes", 1), ("set_paging_pool_bytes", 4),
     ("populate", 1), ("zero", 1), ("zero", 2), ("zero", 3), ("set_max_pages", 1),

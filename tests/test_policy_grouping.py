@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xshmd.errors import Conflict
@@ -54,6 +54,7 @@ def test_one_guest_said_twice_is_one_guest() -> None:
     assert linked_regions("a", [("V", "a"), ("V", "b")]) == set("ab")
 
 
+@settings(deadline=None)
 @given(st.sets(IDS), MEMBERSHIPS)
 def test_linked_is_a_closure(wanted: set[str], memberships: list[tuple[str, set[str]]]) -> None:
     found = linked_regions(wanted, memberships)
@@ -66,6 +67,7 @@ def test_linked_is_a_closure(wanted: set[str], memberships: list[tuple[str, set[
         assert not ids & found or ids <= found
 
 
+@settings(deadline=None)
 @given(IDS, IDS, MEMBERSHIPS)
 def test_linked_is_mutual(one: str, other: str, memberships: list[tuple[str, set[str]]]) -> None:
     there = other in linked_regions({one}, memberships)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import uuid as uuid_module
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xshmd.policy.identity import is_holder_uuid, new_generation, new_holder_uuid
@@ -23,11 +23,13 @@ def test_holders_are_recognised_and_all_different() -> None:
         assert parsed.bytes.startswith(b"xshmd\x01")
 
 
+@settings(deadline=None)
 @given(st.uuids())
 def test_other_uuids_are_not(other: uuid_module.UUID) -> None:
     assert not is_holder_uuid(str(other))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 127))
 def test_every_bit_of_the_mark_counts(bit: int) -> None:
     raw = int(uuid_module.UUID(new_holder_uuid()))

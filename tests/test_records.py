@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xshmd.engine import records
@@ -53,21 +53,25 @@ DECODERS: list[Callable[[str, str], object]] = [
 ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(HOLDERS)
 def test_holders_come_back(holder: Holder) -> None:
     assert records.decode_holder("p", records.encode(holder)) == holder
 
 
+@settings(deadline=None)
 @given(REGIONS)
 def test_regions_come_back(region: Region) -> None:
     assert records.decode_region("p", records.encode(region)) == region
 
 
+@settings(deadline=None)
 @given(GUESTS)
 def test_guests_come_back(guest: Guest) -> None:
     assert records.decode_guest("p", records.encode(guest)) == guest
 
 
+@settings(deadline=None)
 @given(HOLDERS | REGIONS | GUESTS)
 def test_records_are_one_line_of_ascii(record: Holder | Region | Guest) -> None:
     """xenstore values are bytes, and an admin reads them with xenstore-ls."""
@@ -100,6 +104,7 @@ def test_nonsense_is_said(decode: Callable[[str, str], object], text: str) -> No
     assert caught.value.hint
 
 
+@settings(deadline=None)
 @given(st.sampled_from(DECODERS), st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORD, inner, max_size=5),
@@ -111,6 +116,7 @@ def test_no_json_breaks_a_decoder(decode: Callable[[str, str], object], value: A
         decode("p", json.dumps(value))
 
 
+@settings(deadline=None)
 @given(GUESTS, st.data())
 def test_a_field_that_is_missing(guest: Guest, data: st.DataObject) -> None:
     document = json.loads(records.encode(guest))
@@ -120,6 +126,16 @@ def test_a_field_that_is_missing(guest: Guest, data: st.DataObject) -> None:
         records.decode_guest("p", json.dumps(document))
 
 
+@settings(deadline=None)
+@given(GUESTS, st.sampled_from(["domid", "uuid", "name", "generation", "state", "requests"]))
+def test_a_field_of_another_type(guest: Guest, field: str) -> None:
+    document = json.loads(records.encode(guest))
+    document[field] = 1.5 if not isinstance(document[field], int) else "1"
+    with pytest.raises(StoreError):
+        records.decode_guest("p", json.dumps(document))
+
+
+@settings(deadline=None)
 @given(GUESTS)
 def test_another_versions_record_is_not_read(guest: Guest) -> None:
     document = json.loads(records.encode(guest)) | {"v": records.SCHEMA + 1}
@@ -135,12 +151,13 @@ def test_what_a_guest_is_told() -> None:
         domid=DomId(7), uuid="u", name="n", generation="g", state=GuestState.ATTACHING,
         requests=(request,),
     )  # fmt: skip
-    assert records.published(guest) == (
-        (
-            "/local/domain/7/xshm/r",
-            "begin=0x3a000000 size=0x2000 role=borrower prot=rw transport=physmap",
-        ),
-    )
+    told = dict(records.published(guest))
+    assert told.pop("/local/domain/7/xshm", "g") == "g"
+    assert told == {
+        "/local/domain/7/xshm/r": (
+            "begin=0x3a000000 size=0x2000 role=borrower prot=rw transport=physmap"
+        )
+    }
     assert records.mark_path(DomId(7)) == "/local/domain/7/xshm"
 
 

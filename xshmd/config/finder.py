@@ -20,7 +20,7 @@ from typing import Final
 from xshmd.config import static_shm
 from xshmd.config.findings import config_error
 from xshmd.config.guest import from_xl, normalised_uuid
-from xshmd.config.xlcfg import MAX_BYTES, parse
+from xshmd.config.xlcfg import MAX_BYTES, XlConfig, parse
 from xshmd.errors import ConfigError, ConfigUnreadable, XshmError
 from xshmd.model import NOWHERE, Arch, GuestConfig, RegionRequest
 
@@ -28,6 +28,9 @@ OWN_DIRECTORY: Final = Path("/etc/xshmd/guests.d")
 XL_DIRECTORIES: Final = (Path("/etc/xen"), Path("/etc/xen/auto"))
 MAX_FILES: Final = 4096
 """How many entries of one directory are looked at."""
+
+MAX_COMMAND_BYTES: Final = 1 << 17
+"""As much of a command line as is read: what Linux allows one argument."""
 
 _SUFFIX: Final = ".cfg"
 _LEFTOVERS: Final = (
@@ -110,6 +113,14 @@ class _Text:
     file: str
 
     @property
+    def is_utf8(self) -> bool:
+        try:
+            self.data.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    @property
     def has_shared_memory(self) -> bool:
         return any(word in self.data for word in _MENTIONS)
 
@@ -143,6 +154,7 @@ class Finder:
         self._proc = proc
         self._xl_uid = xl_uid
         self._on_skip = on_skip
+        self._parsed: dict[_Text, XlConfig | ConfigUnreadable] = {}
 
     def find(self, *, name: str, uuid: str) -> GuestConfig | None:
         """Return the configuration of the guest of this name, or None if nobody has one.
@@ -212,8 +224,7 @@ class Finder:
             ConfigError, ConfigUnreadable: it is, and is wrong.
         """
         try:
-            # xl does not mind the encoding, so it is no reason not to know whose this is.
-            parsed = parse(text.data.decode("utf-8", "replace"), text.file)
+            parsed = self._parse(text)
         except ConfigUnreadable as err:
             # xl refuses it as well: the wanted guest was not made from it.
             if text.has_shared_memory:
@@ -221,16 +232,32 @@ class Finder:
             return None
         if parsed.text("name") != name:
             return None
-        if text.has_shared_memory:
-            parsed = parse(text.data, text.file)
+        if text.has_shared_memory and not text.is_utf8:
+            parse(text.data, text.file)  # says where
         its_uuid = normalised_uuid(parsed.text("uuid") or "")
         if its_uuid and its_uuid != (normalised_uuid(uuid) or its_uuid):
             return None
         return from_xl(parsed, arch=self._arch)
 
+    def _parse(self, text: _Text) -> XlConfig:
+        """Parse what was not parsed before: files change seldom, and are asked for every guest."""
+        if text not in self._parsed:
+            if len(self._parsed) >= MAX_FILES:
+                self._parsed.clear()
+            try:
+                # xl does not mind the encoding, so it is no reason not to know whose this is.
+                self._parsed[text] = parse(text.data.decode("utf-8", "replace"), text.file)
+            except ConfigUnreadable as err:
+                self._parsed[text] = err
+        result = self._parsed[text]
+        if isinstance(result, ConfigUnreadable):
+            raise ConfigUnreadable(result.message, hint=result.hint, **result.facts)
+        return result
+
     def _if_good(self, text: _Text, own_name: str = "") -> GuestConfig | None:
         try:
-            return from_xl(parse(text.data, text.file), arch=self._arch, own_name=own_name)
+            parsed = self._parse(text) if text.is_utf8 else parse(text.data, text.file)
+            return from_xl(parsed, arch=self._arch, own_name=own_name)
         except XshmError as err:
             self._on_skip(text.file, err.one_line())
             return None
@@ -294,27 +321,52 @@ class Finder:
         The process that made a domain stays to watch it, with the same command line: the latest is
         the one at work.
         """
-        found: list[tuple[int, _Text]] = []
-        try:
-            pids = [entry for entry in os.listdir(self._proc) if entry.isdecimal()]
-        except OSError:
-            return
-        for pid in pids:
-            process = self._proc / pid
+        found: list[tuple[int, Path, CreateArguments]] = []
+        for process, raw in self._xl_processes():
+            asked = create_arguments([os.fsdecode(word) for word in raw.split(b"\0")[:-1]])
+            if asked is None:
+                continue
             try:
                 if process.stat().st_uid != self._xl_uid:
                     continue
-                raw = (process / "cmdline").read_bytes()
                 started = _start_time((process / "stat").read_bytes())
             except OSError:
                 continue
-            asked = create_arguments([os.fsdecode(word) for word in raw.split(b"\0")[:-1]])
-            text = None if asked is None else _text_of_process(process, asked)
-            if text is not None:
-                found.append((started, text))
+            found.append((started, process, asked))
         found.sort(key=lambda item: item[0], reverse=True)
-        for _, text in found:
-            yield text
+        for _, process, asked in found:
+            text = _text_of_process(process, asked)
+            if text is not None:
+                yield text
+
+    def _xl_processes(self) -> Iterator[tuple[Path, bytes]]:
+        """Yield each process whose program is called xl, and its command line.
+
+        Every new domain of the host pays for this look at every process, so it costs two system
+        calls for those that are something else.
+        """
+        try:
+            proc = os.open(self._proc, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            for pid in os.listdir(proc):
+                if not pid.isdecimal():
+                    continue
+                try:
+                    fd = os.open(f"{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+                except OSError:
+                    continue
+                try:
+                    raw = os.read(fd, MAX_COMMAND_BYTES)
+                except OSError:
+                    continue
+                finally:
+                    os.close(fd)
+                if raw.partition(b"\0")[0].rpartition(b"/")[2] == b"xl":
+                    yield self._proc / pid, raw
+        finally:
+            os.close(proc)
 
 
 class _NotRegularError(ConfigUnreadable):

@@ -17,7 +17,6 @@ import structlog
 import trio
 
 from xshmd.engine.ledger import Ledger
-from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import DomainGone, HypercallFailed, XshmError
 from xshmd.model import Guest, GuestState
 from xshmd.policy.identity import is_holder_uuid, new_generation
@@ -35,13 +34,12 @@ _DOMAIN_PATH: Final = re.compile(r"/libxl/([0-9]{1,5})(?:/(.*))?")
 class Gate:
     """Watches ``/libxl`` and holds what is new.
 
-    Its own lane into Xen, so that a new guest does not run free while the reconciler zeroes memory.
-    It writes nothing to the ledger but the HELD record of a domain it has just found.
+    A task of its own, so that a new guest does not run free while the reconciler zeroes memory.  It
+    writes nothing to the ledger but the HELD record of a domain it has just found.
     """
 
     def __init__(self, xen: Hypervisor, store: Store, ledger: Ledger, locks: CreationLock) -> None:
         self._xen, self._store, self._ledger, self._locks = xen, store, ledger, locks
-        self._worker = XenWorker()
         self._seen: dict[DomId, str] = {}
         self._held: dict[tuple[DomId, str], HeldLock] = {}
         self.had_run: set[str] = set()
@@ -50,6 +48,10 @@ class Gate:
     def adopt(self, guest: Guest) -> None:
         """Say that the ledger knows this domain from an earlier life of ours."""
         self._seen[guest.domid] = guest.uuid
+
+    def adopt_holder(self, domid: DomId, uuid: str) -> None:
+        """Say that this domain is a holder of ours."""
+        self._seen[domid] = uuid
 
     def forget(self, guest: Guest) -> None:
         """Say that this guest is gone, so that its domid is a new domain when it comes again."""
@@ -111,11 +113,14 @@ class Gate:
         if not DOMID_0 < domid < DOMID_FIRST_RESERVED:
             return
         # libxl removes the node before it destroys the domain: without it, this is an end.
-        if await self._store.read(f"{ROOT}/{domid}/type") is None:
+        kind, name = await self._store.read_many(
+            (f"{ROOT}/{domid}/type", f"/local/domain/{domid}/name")
+        )
+        if kind is None:
             self._seen.pop(domid, None)
             self._unlock_domain(domid)
             return
-        info = await self._worker.run(self._xen.domain_info, domid)
+        info = self._xen.domain_info(domid)
         if info is None or info.dying or self._seen.get(domid) == info.uuid:
             return
         self._seen[domid] = info.uuid
@@ -125,14 +130,18 @@ class Gate:
             log.info("domain found running at start, left alone", domid=domid)
             return
         guest = Guest(
-            domid=domid, uuid=info.uuid, name="", generation=new_generation(), state=GuestState.HELD
+            domid=domid,
+            uuid=info.uuid,
+            name=name or "",
+            generation=new_generation(),
+            state=GuestState.HELD,
         )
         # The lock first, since it costs nothing and falls with us; then the record, so that should
         # we die before the pause or after it, the next start finds it.
         self.lock(guest)
         try:
             await self._ledger.put_guest(guest)
-            await self._hold(guest)
+            self._hold(guest)
         except HypercallFailed as error:
             self._seen.pop(domid, None)
             self.unlock(guest)
@@ -143,15 +152,15 @@ class Gate:
             self._seen.pop(domid, None)  # the lock stays: this domain is looked at again
             raise
 
-    async def _hold(self, guest: Guest) -> None:
-        await self._worker.run(self._xen.pause, guest.domid)
-        info = await self._worker.run(self._xen.domain_info, guest.domid)
+    def _hold(self, guest: Guest) -> None:
+        self._xen.pause(guest.domid)
+        info = self._xen.domain_info(guest.domid)
         if info is not None and info.cpu_time_ns > 0:
             self.had_run.add(guest.generation)
 
-    async def unpause(self, guest: Guest) -> None:
+    def unpause(self, guest: Guest) -> None:
         """Give our pause back."""
-        await self._worker.run(self._xen.unpause, guest.domid)
+        self._xen.unpause(guest.domid)
 
     def lock(self, guest: Guest) -> None:
         """Take the creation lock, where it can be had."""

@@ -90,8 +90,8 @@ class Holders:
             await self._ledger.drop_holder(holder.uuid)
             raise
         holder = await self._ledger.put_holder(dataclasses.replace(holder, domid=domid))
+        self.verify(holder)
         await self._name(holder)
-        await self.verify(holder)
         self._on_created(holder)
         log.info("holder created", holder=holder.uuid, domid=domid)
         return holder
@@ -122,7 +122,7 @@ class Holders:
             ]
         )
 
-    async def verify(self, holder: Holder) -> DomainInfo:
+    def verify(self, holder: Holder) -> DomainInfo:
         """Pin the holder's domid, then prove that the domain of that number is this holder.
 
         Raises:
@@ -130,9 +130,6 @@ class Holders:
         """
         if holder.domid == NO_DOMAIN:
             raise self._lost(holder, "it was never made")
-        return await self._worker.run(self._verify_now, holder)
-
-    def _verify_now(self, holder: Holder) -> DomainInfo:
         if holder.uuid not in self._anchors:
             try:
                 self._anchors[holder.uuid] = self._xen.map_pages(
@@ -180,7 +177,7 @@ class Holders:
         for region in self._ledger.regions:
             if region.holder_uuid == holder.uuid:
                 await self._ledger.drop_region(region.region_id)
-        info = await self._worker.run(self._xen.domain_info, holder.domid)
+        info = self._xen.domain_info(holder.domid)
         if info is None or info.uuid == holder.uuid:
             # Nobody introduced it to xenstored, so nobody else removes its nodes; but if the number
             # is another domain's by now, so are they.
@@ -206,19 +203,18 @@ class Holders:
             raise Conflict(
                 f"the holder of region {region_id} is gone", hint="start the guest again"
             )
-        await self._check_memory(region_id, nr_frames)
+        self._check_memory(region_id, nr_frames)
         first = Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
-        region = await self._ledger.put_region(
-            Region(
-                region_id=region_id, nr_frames=nr_frames, holder_uuid=holder.uuid,
-                holder_first_gfn=first, owner=owner, lifetime=lifetime,
-            )
+        region = Region(
+            region_id=region_id, nr_frames=nr_frames, holder_uuid=holder.uuid,
+            holder_first_gfn=first, owner=owner, lifetime=lifetime,
         )  # fmt: skip
-        holder = await self._ledger.put_holder(
-            dataclasses.replace(holder, next_gfn=Gfn(first + nr_frames))
+        # In this order: should only the first arrive, frames are passed over, never used twice.
+        await self._ledger.put_holder(
+            dataclasses.replace(holder, next_gfn=Gfn(first + nr_frames)), and_region=region
         )
         try:
-            await self.verify(holder)
+            self.verify(holder)
             await self._worker.run(self._populate_now, holder.domid, first, nr_frames)
         except StoreTrouble:
             raise  # the unready record says what to undo
@@ -227,8 +223,8 @@ class Holders:
             raise
         return await self._ledger.put_region(dataclasses.replace(region, ready=True))
 
-    async def _check_memory(self, region_id: str, nr_frames: int) -> None:
-        host = await self._worker.run(self._xen.host_info)
+    def _check_memory(self, region_id: str, nr_frames: int) -> None:
+        host = self._xen.host_info()
         needed_bytes = bytes_of(nr_frames + table_frames(nr_frames)) + self._floor_bytes
         if host.free_bytes < needed_bytes:
             raise OutOfMemory(
@@ -262,7 +258,7 @@ class Holders:
         if region.ready:
             await self._ledger.put_region(dataclasses.replace(region, ready=False))
         if holder is not None:
-            await self.verify(holder)
+            self.verify(holder)
             await self._worker.run(self._depopulate_now, holder.domid, region)
         await self._ledger.drop_region(region.region_id)
         log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)

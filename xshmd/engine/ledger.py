@@ -146,10 +146,19 @@ class Ledger:
             raise
         self._doubtful.discard(path)
 
-    async def put_holder(self, holder: Holder) -> Holder:
-        """Record a holder, new or changed."""
-        await self._write(records.holder_path(holder.uuid), records.encode(holder))
+    async def put_holder(self, holder: Holder, and_region: Region | None = None) -> Holder:
+        """Record a holder, new or changed, and in the same go, after it, a region of it."""
+        also = []
+        if and_region is not None:
+            also = [(records.region_path(and_region.region_id), records.encode(and_region))]
+        try:
+            await self._write(records.holder_path(holder.uuid), records.encode(holder), also)
+        except BaseException:
+            self._doubtful.update(path for path, _ in also)
+            raise
         self._holders[holder.uuid] = holder
+        if and_region is not None:
+            self._regions[and_region.region_id] = and_region
         return holder
 
     async def put_region(self, region: Region) -> Region:

@@ -96,8 +96,8 @@ class Passage:
         )
 
     async def _plan(self, config: GuestConfig, domid: DomId | None = None) -> GuestPlan:
-        host = await self._worker.run(self._xen.host_info)
-        info = None if domid is None else await self._worker.run(self._xen.domain_info, domid)
+        host = self._xen.host_info()
+        info = None if domid is None else self._xen.domain_info(domid)
         known = await trio.to_thread.run_sync(self._finder.known)
         return plan_guest(
             config,
@@ -130,7 +130,7 @@ class Passage:
             raise
         except XshmError as error:
             if isinstance(error, DomainGone):
-                info = await self._worker.run(self._xen.domain_info, guest.domid)
+                info = self._xen.domain_info(guest.domid)
                 if info is None or info.uuid != guest.uuid:
                     raise
                 # It lives, so what is gone is its holder.
@@ -145,9 +145,7 @@ class Passage:
     async def _prepare(self, guest: Guest) -> Guest | None:
         """Find out what a held guest is to have, and make it, while xl is still building it."""
         if guest.state is GuestState.HELD:
-            name = await self._store.read(f"/local/domain/{guest.domid}/name") or ""
-            guest = self._ledger.know(dataclasses.replace(guest, name=name))
-            self.failures.pop(name, None)
+            self.failures.pop(guest.name, None)
         for region in self._ledger.regions:
             if not region.ready:
                 # Between two pieces of work nothing is half made: a lost xenstored left it so.
@@ -178,16 +176,16 @@ class Passage:
             )
         if holder is None:
             holder = await self._holders.create()
-        # From here on the guest's record keeps holder and regions from being collected.
-        guest = await self._ledger.put_guest(
+        # From here on what is known of the guest keeps holder and regions from being collected.
+        # Nothing of the guest is touched yet, so its record may go on saying HELD: after a crash
+        # all of this is planned anew.  One whose maps may be half done stays marked as such.
+        guest = self._ledger.know(
             dataclasses.replace(
                 guest,
-                # A guest whose maps may be half done stays marked as such.
                 state=GuestState.ATTACHING if guest.state is GuestState.HELD else guest.state,
                 holder_uuid=holder.uuid,
                 requests=plan.requests,
-            ),
-            also=[(records.mark_path(guest.domid), guest.generation)],
+            )
         )
         for new in plan.new_regions:
             await self._holders.add_region(
@@ -210,7 +208,7 @@ class Passage:
                 return guest
             guest = await self._map(guest)
             self._released.add(guest.generation)
-            await self._gate.unpause(guest)
+            self._gate.unpause(guest)
         attached = await self._ledger.put_guest(
             dataclasses.replace(guest, state=GuestState.ATTACHED)
         )
@@ -233,11 +231,11 @@ class Passage:
             raise Conflict(
                 f"the holder of guest {guest.name} is gone", hint="start the guest again"
             )
-        await self._holders.verify(holder)
+        self._holders.verify(holder)
         wanted = mappings(guest, {region.region_id: region for region in self._ledger.regions})
         again = guest.state is GuestState.MAPPING
         if not again:
-            await self._worker.run(check, self._xen, guest, wanted)
+            check(self._xen, guest, wanted)
             guest = await self._ledger.put_guest(
                 dataclasses.replace(guest, state=GuestState.MAPPING), also=records.published(guest)
             )
@@ -247,7 +245,7 @@ class Passage:
     async def _let_go(self, guest: Guest) -> None:
         if guest.generation not in self._released:
             self._released.add(guest.generation)
-            await self._gate.unpause(guest)
+            self._gate.unpause(guest)
         await self._ledger.drop_guest(guest.generation)
         self._gate.unlock(guest)
         self.forget(guest)

@@ -62,7 +62,6 @@ class Reconciler:
     ) -> None:
         self._xen, self._store, self._clock, self._options = xen, store, clock, options
         self._worker = XenWorker()
-        self._lookout = XenWorker()
         self._ledger = ledger = Ledger(store)
         self._holders = holders = Holders(
             xen, self._worker, store, ledger,
@@ -180,12 +179,12 @@ class Reconciler:
         # At once and past the loop, which may be busy: xl destroys a guest that has shut itself
         # down in a moment, and with it what says whether it will come back.
         try:
-            self._ends.note_shutdowns(await self._domains(self._lookout))
+            self._ends.note_shutdowns(self._domains())
         except XshmError as error:
             log.warning("domains could not be listed", reason=error.one_line())
 
-    async def _domains(self, worker: XenWorker) -> dict[int, DomainInfo]:
-        return {int(info.domid): info for info in await worker.run(self._xen.domains)}
+    def _domains(self) -> dict[int, DomainInfo]:
+        return {int(info.domid): info for info in self._xen.domains()}
 
     # -- the look -------------------------------------------------------------------------------
 
@@ -193,7 +192,7 @@ class Reconciler:
         """Compare what the ledger believes with what Xen has, and take every guest a step on."""
         self._look_due = False
         await self._ledger.settle()
-        domains = await self._domains(self._worker)
+        domains = self._domains()
         await self._ends.check_holders(domains)
         for guest in self._ledger.guests:
             if guest.state is GuestState.REBOOTING:
@@ -225,7 +224,7 @@ class Reconciler:
 
     async def _sweep(self, guest: Guest) -> None:
         # Twice: xl was still at work on it when it was destroyed, and may have written nodes since.
-        info = await self._worker.run(self._xen.domain_info, guest.domid)
+        info = self._xen.domain_info(guest.domid)
         if info is None or (info.uuid == guest.uuid and info.dying):
             await remove_leftovers(self._store, guest)
 
@@ -233,6 +232,7 @@ class Reconciler:
 
     def _watch_holder(self, holder: Holder) -> None:
         assert self._nursery is not None
+        self._gate.adopt_holder(holder.domid, holder.uuid)
         self._nursery.start_soon(self._answer_shutdown, holder)
 
     async def _answer_shutdown(self, holder: Holder) -> None:
@@ -248,9 +248,7 @@ class Reconciler:
                         if asked:
                             await self._store.write(path, "")
                             # Shows as shut down and goes on holding: its frames are untouched.
-                            await self._lookout.run(
-                                self._xen.shut_down, holder.domid, SHUTDOWN_POWEROFF
-                            )
+                            self._xen.shut_down(holder.domid, SHUTDOWN_POWEROFF)
             await trio.sleep(AGAIN_S)
 
     # -- what clients ask -----------------------------------------------------------------------
@@ -263,7 +261,8 @@ class Reconciler:
         return self._ledger.snapshot()
 
     async def host(self) -> HostInfo:
-        return await self._lookout.run(self._xen.host_info)
+        await trio.lowlevel.checkpoint()
+        return self._xen.host_info()
 
     async def declare(self, config: GuestConfig) -> None:
         await self._ask(lambda: self._passage.declare(config))

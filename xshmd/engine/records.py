@@ -192,12 +192,13 @@ def mark_path(domid: DomId) -> str:
 
 
 def published(guest: Guest) -> tuple[tuple[str, str], ...]:
-    """Return the nodes by which a guest that can read xenstore finds its regions.
+    """Return our mark, and the nodes by which a guest that can read xenstore finds its regions.
 
     They inherit ``n0,r<domid>`` from the domain's directory: it may read them and not write them.
     Plain ``key=value`` words, numbers in bytes, as the guest's configuration says them.
     """
-    return tuple(
+    mark = (mark_path(guest.domid), guest.generation)
+    return mark, *(
         (
             f"{mark_path(guest.domid)}/{request.region_id}",
             f"begin={address_of(request.first_gfn):#x} size={request.size_bytes:#x} "

@@ -33,7 +33,7 @@ async def recover(
     Guests left HELD, ATTACHING or MAPPING stay so, with exactly one pause of ours on them, for the
     reconciler to take on from the start of that step; the DOOMED likewise, for it to destroy.
     """
-    domains = {info.domid: info for info in await worker.run(xen.domains)}
+    domains = {info.domid: info for info in xen.domains()}
     await _recover_holders(holders, ledger)
     await _recover_regions(holders, ledger)
     for guest in ledger.guests:
@@ -66,7 +66,7 @@ async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
             await holders.destroy(holder)  # by UUID: it may have been made, nobody can have it
             continue
         try:
-            await holders.verify(holder)
+            holders.verify(holder)
         except Conflict as lost:
             log.error("holder lost", reason=lost.one_line())
             await holders.lose(holder)
@@ -102,11 +102,11 @@ async def _hold_again(
         return False
     gate.lock(guest)
     try:
-        count = await worker.run(pause_count, xen, guest.domid)
+        count = pause_count(xen, guest.domid)
         # Until libxl has stored the configuration, one of them is its own.
         ours = count if gate.creation_is_over(guest) else count - 1
         if ours < 1:
-            await worker.run(xen.pause, guest.domid)
+            xen.pause(guest.domid)
     except DomainGone:
         gate.unlock(guest)  # the first look finds it gone
     return True

@@ -84,8 +84,8 @@ class MappedPages:
 class XenHypervisor:
     """Xen, through its own libraries.  Opening it needs root in a control domain.
 
-    Synchronization: calls are serialised by a lock, since the batches share one buffer.  Handles do
-    not survive a fork (xencall.h): never fork without exec while one is open.
+    Synchronization: any thread may call anything; the batches, which share one buffer, take turns.
+    Handles do not survive a fork (xencall.h): never fork without exec while one is open.
     """
 
     def __init__(self) -> None:
@@ -151,9 +151,8 @@ class XenHypervisor:
 
     def host_info(self) -> HostInfo:
         out = self._xffi.new("xshm_host *")
-        with self._lock:
-            if self._xlib.xshm_host_info(self._xc, out) < 0:
-                raise failure("xc_physinfo", None, self._xffi.errno)
+        if self._xlib.xshm_host_info(self._xc, out) < 0:
+            raise failure("xc_physinfo", None, self._xffi.errno)
         return HostInfo(
             arch=Arch.ARM64 if out.is_arm else Arch.X86_64,
             xen_version=(out.major, out.minor),
@@ -186,11 +185,10 @@ class XenHypervisor:
 
     def domain_info(self, domid: DomId) -> DomainInfo | None:
         out = self._xffi.new("xshm_info[1]")
-        with self._lock:
-            # getdomaininfolist answers with the next domain if there is none of this number.
-            found = self._xlib.xshm_domain_list(self._xc, self._guest_domid(domid), 1, out)
-            if found < 0:
-                raise failure("xc_domain_getinfolist", domid, self._xffi.errno)
+        # getdomaininfolist answers with the next domain if there is none of this number.
+        found = self._xlib.xshm_domain_list(self._xc, self._guest_domid(domid), 1, out)
+        if found < 0:
+            raise failure("xc_domain_getinfolist", domid, self._xffi.errno)
         return self._info(out[0]) if found and out[0].domid == domid else None
 
     def domains(self) -> tuple[DomainInfo, ...]:
@@ -198,10 +196,9 @@ class XenHypervisor:
         out = self._xffi.new("xshm_info[64]")
         first = 0
         while True:
-            with self._lock:
-                count = self._xlib.xshm_domain_list(self._xc, first, 64, out)
-                if count < 0:
-                    raise failure("xc_domain_getinfolist", None, self._xffi.errno)
+            count = self._xlib.xshm_domain_list(self._xc, first, 64, out)
+            if count < 0:
+                raise failure("xc_domain_getinfolist", None, self._xffi.errno)
             found.extend(self._info(out[i]) for i in range(count))
             if count < 64:
                 return tuple(found)
@@ -212,27 +209,25 @@ class XenHypervisor:
     def create_holder_domain(self, uuid: str) -> DomId:
         out = self._xffi.new("uint32_t *")
         handle = uuid_module.UUID(uuid).bytes
-        with self._lock:
-            if self._xlib.xshm_create_holder(self._xc, handle, out) < 0:
-                raise failure("xc_domain_create", None, self._xffi.errno)
-            domid = DomId(out[0])
-            try:
-                # A holder without its vCPU must not exist for longer than this call.
-                self._check(
-                    self._xlib.xc_domain_max_vcpus(self._xc, domid, 1), "xc_domain_max_vcpus", domid
-                )
-                self._check(
-                    self._xlib.xc_domain_setmaxmem(self._xc, domid, 0), "xc_domain_setmaxmem", domid
-                )
-            except HypercallFailed:
-                self._xlib.xc_domain_destroy(self._xc, domid)
-                raise
+        if self._xlib.xshm_create_holder(self._xc, handle, out) < 0:
+            raise failure("xc_domain_create", None, self._xffi.errno)
+        domid = DomId(out[0])
+        try:
+            # A holder without its vCPU must not exist for longer than this call.
+            self._check(
+                self._xlib.xc_domain_max_vcpus(self._xc, domid, 1), "xc_domain_max_vcpus", domid
+            )
+            self._check(
+                self._xlib.xc_domain_setmaxmem(self._xc, domid, 0), "xc_domain_setmaxmem", domid
+            )
+        except HypercallFailed:
+            self._xlib.xc_domain_destroy(self._xc, domid)
+            raise
         return domid
 
     def _simple(self, name: str, domid: DomId, *arguments: int) -> None:
-        with self._lock:
-            call = getattr(self._xlib, name)
-            self._check(call(self._xc, self._guest_domid(domid), *arguments), name, domid)
+        call = getattr(self._xlib, name)
+        self._check(call(self._xc, self._guest_domid(domid), *arguments), name, domid)
 
     def destroy(self, domid: DomId) -> None:
         self._simple("xc_domain_destroy", domid)
@@ -254,9 +249,8 @@ class XenHypervisor:
 
     def paging_pool_bytes(self, domid: DomId) -> int:
         out = self._xffi.new("uint64_t *")
-        with self._lock:
-            rc = self._xlib.xc_get_paging_mempool_size(self._xc, self._guest_domid(domid), out)
-            self._check(rc, "xc_get_paging_mempool_size", domid)
+        rc = self._xlib.xc_get_paging_mempool_size(self._xc, self._guest_domid(domid), out)
+        self._check(rc, "xc_get_paging_mempool_size", domid)
         return int(out[0])
 
     def set_paging_pool_bytes(self, domid: DomId, size_bytes: int) -> None:
@@ -314,11 +308,10 @@ class XenHypervisor:
 
     def _populate_extents(self, domid: DomId, order: int, gfns: list[int]) -> int:
         array = self._xffi.new("xen_pfn_t[]", gfns)
-        with self._lock:
-            rc = self._xlib.xc_domain_populate_physmap(
-                self._xc, self._guest_domid(domid), len(gfns), order, 0, array
-            )
-            return self._check(rc, "xc_domain_populate_physmap", domid)
+        rc = self._xlib.xc_domain_populate_physmap(
+            self._xc, self._guest_domid(domid), len(gfns), order, 0, array
+        )
+        return self._check(rc, "xc_domain_populate_physmap", domid)
 
     def depopulate(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> int:
         freed = 0
@@ -329,11 +322,10 @@ class XenHypervisor:
             if not there:
                 continue
             array = self._xffi.new("xen_pfn_t[]", list(there))
-            with self._lock:
-                rc = self._xlib.xc_domain_decrease_reservation(
-                    self._xc, self._guest_domid(domid), len(there), 0, array
-                )
-                self._check(rc, "xc_domain_decrease_reservation", domid)
+            rc = self._xlib.xc_domain_decrease_reservation(
+                self._xc, self._guest_domid(domid), len(there), 0, array
+            )
+            self._check(rc, "xc_domain_decrease_reservation", domid)
             freed += rc
             if rc < len(there):
                 raise failure(
@@ -349,11 +341,8 @@ class XenHypervisor:
             # dom0 writes through its cache; a guest that has its own off would read what was there
             # before.  XEN_DOMCTL_cacheflush takes 1 GiB at the most on Arm (xen/arch/arm/domctl.c),
             # and does nothing on x86, where caches are coherent with everything a guest can do.
-            with self._lock:
-                rc = self._xlib.xc_domain_cacheflush(
-                    self._xc, self._guest_domid(domid), start, count
-                )
-                self._check(rc, "xc_domain_cacheflush", domid)
+            rc = self._xlib.xc_domain_cacheflush(self._xc, self._guest_domid(domid), start, count)
+            self._check(rc, "xc_domain_cacheflush", domid)
 
     def map_pages(
         self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
