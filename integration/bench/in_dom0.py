@@ -5,13 +5,14 @@
     in_dom0.py map PAIRS | creates PAIRS | restarts PAIRS | counts | client PAIRS | versions
 
 Everything here is measured next to what it is compared with, again and again, in an order that
-turns with every round.  Nothing is judged here.
+changes with every round.  Nothing is judged here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -52,8 +53,9 @@ def note(text: str) -> None:
 
 
 def turned(names: Sequence[str], turn: int) -> list[str]:
-    """The names, beginning with another one every turn: what drifts hits each alike."""
-    return [*names[turn % len(names) :], *names[: turn % len(names)]]
+    """The names in the order of this turn; all orders in as many turns, so none favours a name."""
+    orders = list(itertools.permutations(names))
+    return list(orders[turn % len(orders)])
 
 
 def wait(condition: Callable[[], bool], what: str) -> None:
@@ -133,8 +135,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def settled(xen: XenHypervisor) -> int:
-    """The host's free pages, once their number no longer changes."""
+def settled(xen: XenHypervisor, domains: int) -> int:
+    """The host's free pages, once only so many domains are left, those that die included."""
+    wait(lambda: len(xen.domains()) == domains, f"{domains} domains are left")
     while True:
         before = xen.host_info().free_pages
         time.sleep(0.5)
@@ -214,9 +217,9 @@ def measure_map(pairs: int) -> dict[str, Any]:
             if turn:
                 series.add(figures)
             else:
-                free_pages = settled(xen)
+                free_pages = settled(xen, domains=2)
             note(f"map {turn}/{pairs}: " + " ".join(f"{k}={v:.3f}" for k, v in figures.items()))
-        left = free_pages - settled(xen)
+        left = free_pages - settled(xen, domains=2)
         scratch.clear(keep=0)
     return {
         "series": series.columns, "hypercalls": calls, "null_hypercall_s": null_s / 2000,
