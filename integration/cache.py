@@ -106,7 +106,7 @@ class Cache:
             entry, damage = self._find(recipe)  # another run may have built it meanwhile
             if entry is None:
                 if damage:
-                    note(f"the cached {recipe.title} is damaged ({damage}): building it again")
+                    note(f"{recipe.title}: the cached copy is damaged ({damage})")
                 self._build(recipe, build)
                 entry, damage = self._find(recipe)
             self._prune(recipe)

@@ -36,6 +36,8 @@ def unpack_debian(
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             "--dpkgopt=force-confold",
+            # a build that is cut short is thrown away: nothing need reach the disk at once
+            "--dpkgopt=force-unsafe-io",
             f"--essential-hook={no_initramfs}",
             *(f"--include={package}" for package in packages),
             SUITE,

@@ -10,192 +10,39 @@ import contextlib
 import itertools
 import queue
 import shlex
-import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from integration.agent import CHUNK_BYTES, Decoder, FrameError, Message, encode
+from integration.commands import (
+    ChannelDead,
+    CommandFailed,
+    CommandTimeout,
+    Completed,
+    Dom0Error,
+    Event,
+    OnOutput,
+    Running,
+)
+
+__all__ = [
+    "ChannelDead",
+    "Command",
+    "CommandFailed",
+    "CommandTimeout",
+    "Completed",
+    "Dom0",
+    "Dom0Error",
+    "OnOutput",
+    "Running",
+]
 
 Command = str | Sequence[str | Path]
-_Event = tuple[Message, bytes] | Exception
-OnOutput = Callable[[int, bytes], None]
-"""Called with the stream (1 is standard output, 2 standard error) and the bytes."""
-
 # Past the command's own time limit: an emulated machine may take this long to say that it is over.
 _GRACE_S = 30.0
-
-
-class Dom0Error(Exception):
-    """Something asked of dom0 did not work."""
-
-
-class ChannelDead(Dom0Error):
-    """Dom0 does not answer any more; the message has the end of its console."""
-
-
-@dataclass(frozen=True)
-class Completed:
-    """A command that ended.
-
-    Attributes:
-        command: as one would type it.
-        status: the exit status; minus the signal's number if a signal ended it.
-        stdout: what it wrote to standard output.
-        stderr: what it wrote to standard error.
-        seconds: how long it ran, measured in dom0.
-    """
-
-    command: str
-    status: int
-    stdout: bytes
-    stderr: bytes
-    seconds: float
-
-    @property
-    def text(self) -> str:
-        """Standard output as text, without the last newline."""
-        return self.stdout.decode(errors="replace").removesuffix("\n")
-
-    def describe(self) -> str:
-        """All of it, for a message to a person."""
-        parts = [f"$ {self.command}", f"status {self.status} after {self.seconds:.1f} s"]
-        for name, data in (("stdout", self.stdout), ("stderr", self.stderr)):
-            if data:
-                parts.append(f"--- {name}\n{data.decode(errors='replace').rstrip()}")
-        return "\n".join(parts)
-
-
-class CommandFailed(Dom0Error):
-    """A command ended with a status other than 0.
-
-    Attributes:
-        completed: the command and its output.
-    """
-
-    def __init__(self, completed: Completed) -> None:
-        super().__init__(completed.describe())
-        self.completed = completed
-
-
-class CommandTimeout(CommandFailed):
-    """A command took too long: it was killed, with all it had started that stayed in its group."""
-
-
-class Running:
-    """A command that was started. Its output comes in by itself."""
-
-    def __init__(self, dom0: Dom0, number: int, command: str, on_output: OnOutput | None) -> None:
-        self.command = command
-        self._dom0 = dom0
-        self._number = number
-        self._on_output = on_output
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._out: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-        self._ended: tuple[Completed, bool] | None = None
-        self._pid = 0
-
-    @property
-    def pid(self) -> int:
-        """Its process id in dom0, which is its process group too."""
-        return self._pid
-
-    @property
-    def stdout(self) -> bytes:
-        """What it has written so far to standard output."""
-        with self._lock:
-            return bytes(self._out[0])
-
-    @property
-    def stderr(self) -> bytes:
-        """What it has written so far to standard error."""
-        with self._lock:
-            return bytes(self._out[1])
-
-    def write(self, data: bytes) -> None:
-        """Give it input (it must have been started with `stdin=True`)."""
-        for at in range(0, len(data), CHUNK_BYTES):
-            self._dom0._send({"op": "stdin", "id": self._number}, data[at : at + CHUNK_BYTES])
-
-    def close_stdin(self) -> None:
-        """Its input ends here."""
-        self._dom0._send({"op": "stdin", "id": self._number})
-
-    def kill(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal to its process group. That is no error if it has ended."""
-        self._dom0._send({"op": "kill", "id": self._number, "signal": int(number)})
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal, if it has one, how large it is."""
-        request = {"op": "resize", "id": self._number, "rows": rows, "columns": columns}
-        self._dom0._send(request)
-
-    def wait(self, timeout_s: float | None = None, *, check: bool = False) -> Completed:
-        """Wait until it ends.
-
-        Args:
-            timeout_s: how long to wait, without end if None; the command runs on.
-            check: raise if its status is not 0.
-
-        Raises:
-            TimeoutError: it still runs.
-            CommandFailed: it failed and `check` is set.
-            CommandTimeout: it ran into the limit it was started with.
-            ChannelDead: dom0 does not answer.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._ended is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                event = self._events.get(timeout=left)
-            except queue.Empty:
-                raise TimeoutError(f"still running: {self.command}") from None
-            if isinstance(event, Exception):
-                self._events.put(event)  # for whoever asks next
-                raise event
-            message, _ = event
-            if "error" in message:
-                error = Dom0Error(f"$ {self.command}\ncould not be started: {message['error']}")
-                self._events.put(error)
-                raise error
-            completed = Completed(
-                self.command, message["exit"], self.stdout, self.stderr, message["seconds"]
-            )
-            self._ended = completed, message["late"]
-        completed, late = self._ended
-        if late:
-            raise CommandTimeout(completed)
-        if check and completed.status != 0:
-            raise CommandFailed(completed)
-        return completed
-
-    def _take(self, event: _Event) -> None:
-        """On the reader's thread: keep output, hand on everything else."""
-        if not isinstance(event, Exception):
-            message, blob = event
-            if "pid" in message:
-                self._pid = message["pid"]
-                return
-            if "out" in message:
-                with self._lock:
-                    self._out[message["out"] - 1].extend(blob)
-                self._show(message["out"], blob)
-                return
-        self._events.put(event)
-
-    def _show(self, stream: int, data: bytes) -> None:
-        """Call back. If that fails, the failure is for whoever waits, not for the reader."""
-        if self._on_output is not None:
-            try:
-                self._on_output(stream, data)
-            except Exception as error:
-                self._on_output = None
-                self._events.put(error)
 
 
 class Dom0:
@@ -213,7 +60,7 @@ class Dom0:
         self._writing = threading.Lock()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._waiting: dict[int, Callable[[_Event], None]] = {}
+        self._waiting: dict[int, Callable[[Event], None]] = {}
         self._dead: ChannelDead | None = None
         self._agent: int | None = None
         self._greeted = threading.Event()
@@ -294,8 +141,8 @@ class Dom0:
         argv = command if isinstance(command, str) else [str(word) for word in command]
         text = argv if isinstance(argv, str) else shlex.join(argv)
         number = next(self._numbers)
-        running = Running(self, number, text, on_output)
-        self._register(number, running._take)
+        running = Running(self._send, number, text, on_output)
+        self._register(number, running.take)
         request: dict[str, Any] = {"op": "start", "id": number, "argv": argv, "stdin": stdin}
         request |= {"timeout_s": timeout_s, "env": dict(env or {}), "cwd": cwd, "pty": pty}
         self._send(request)
@@ -329,16 +176,16 @@ class Dom0:
         self._reader.join(timeout=5)
         self._wire.close()
 
-    def _call(self) -> tuple[int, queue.SimpleQueue[_Event]]:
+    def _call(self) -> tuple[int, queue.SimpleQueue[Event]]:
         number = next(self._numbers)
-        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._register(number, events.put)
         return number, events
 
     def _finish(
         self,
         number: int,
-        events: queue.SimpleQueue[_Event],
+        events: queue.SimpleQueue[Event],
         what: str,
         timeout_s: float = 120,
     ) -> bytes:
@@ -362,7 +209,7 @@ class Dom0:
             with self._lock:
                 self._waiting.pop(number, None)
 
-    def _register(self, number: int, take: Callable[[_Event], None]) -> None:
+    def _register(self, number: int, take: Callable[[Event], None]) -> None:
         with self._lock:
             if self._dead is not None:
                 raise self._dead

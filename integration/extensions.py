@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ def get_sysroot(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Entr
         f"sysroot-{arch.name}",
         f"the {arch.name} headers and libraries",
         3,
-        (SUITE, arch.debian, *SYSROOT_PACKAGES),
+        (SUITE, arch.debian, *SYSROOT_PACKAGES, inspect.getsource(get_sysroot)),
     )
 
     def build(content: Path, log: Path) -> None:

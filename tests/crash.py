@@ -319,6 +319,35 @@ def sweep(
     return len(cuts), failed
 
 
+def _not_all_alike(boundaries: Sequence[Boundary]) -> list[Boundary]:
+    """Leave out most of those that repeat: recovery counts pauses by taking all there are."""
+    counts: dict[str, int] = {}
+    kept = []
+    for boundary in boundaries:
+        counts[boundary.what] = counts.get(boundary.what, 0) + 1
+        if counts[boundary.what] <= 2:
+            kept.append(boundary)
+    return kept
+
+
+def sweep_twice(
+    scenario: Scenario, *, arch: Arch = Arch.X86_64, step: int = 4 * SWEEP_STEP, **options: Any
+) -> tuple[int, list[str]]:
+    """The same with a second cut, in the life that recovers from the first."""
+    (boundaries,) = play(scenario, arch=arch, **options)
+    count, failed = 0, []
+    for cut in sampled(cuts_of(boundaries), step):
+        _, recovery, *_ = [*play(scenario, [cut], arch=arch, **options), []]
+        for second in sampled(cuts_of(_not_all_alike(recovery)), step):
+            count += 1
+            try:
+                play(scenario, [cut, second], arch=arch, **options)
+            except Exception as error:
+                what = recovery[second.ordinal - 1].what
+                failed.append(f"{cut}, then {second.when.value} {what}: {_words(error)}")
+    return count, failed
+
+
 def _words(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(_words(inner) for inner in error.exceptions)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from crash import Lives, Scenario, play, sweep
+from crash import Lives, Scenario, play, sweep, sweep_twice
 from fakes.toolstack import Made, XlFailed
 from fakes.world import World
 
@@ -97,3 +97,10 @@ def test_every_cut(scenario: Scenario, arch: Arch) -> None:
     count, failed = sweep(scenario, arch=arch)
     assert failed == []
     assert count > 3
+
+
+@pytest.mark.parametrize("scenario", [two_guests, refusal], ids=lambda scenario: scenario.__name__)
+def test_a_cut_in_the_recovery_from_a_cut(scenario: Scenario) -> None:
+    count, failed = sweep_twice(scenario)
+    assert failed == []
+    assert count > 10

@@ -261,6 +261,24 @@ async def test_a_domid_that_comes_again_is_a_new_guest(
         assert host.ran_wrongly == []
 
 
+async def test_a_reboot_into_the_same_domid(autojump_clock: MockClock) -> None:
+    """Same number, same UUID: only that libxl's node went away tells it is another domain."""
+    async with world() as host:
+        await host.start()
+        config = host.config("a", host.request("r"))
+        made = await host.tools.create(config)
+        host.xen.guest_write(made.domid, config.requests[0].first_gfn, 0, b"kept")
+        for _ in range(3):
+            host.xen.next_domid = made.domid
+            again = await host.tools.reboot(made)
+            assert again.domid == made.domid
+            assert host.xen.guest_read(again.domid, config.requests[0].first_gfn, 0, 4) == b"kept"
+            made = again
+        assert host.ran_wrongly == []
+        await host.tools.end(made)
+        await host.check_clean()
+
+
 async def test_a_domid_that_comes_again_while_nobody_looked(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start(reboot_grace_s=5.0)
@@ -382,6 +400,8 @@ async def test_a_strangers_holder_is_left_alone(autojump_clock: MockClock) -> No
         await host.tools.end(a)
         assert host.xen.by_domid[lost.domid] is lost
         assert not lost.dying
+        touched = {call.kind for call in host.xen.log if lost.domid in call.arguments[:1]}
+        assert touched <= {"domain_info"}
 
 
 # -- xenstored ------------------------------------------------------------------------------------

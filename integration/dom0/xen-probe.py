@@ -68,9 +68,6 @@ class XenStore:
 MOMENTS: dict[str, Callable[[XenStore], bool]] = {
     "held": lambda store: bool(store.children("/xshmd/guests")),
     "holder": lambda store: any(h["domid"] >= 0 for h in store.documents("/xshmd/holders")),
-    "attaching": lambda store: any(
-        guest["state"] == "attaching" for guest in store.documents("/xshmd/guests")
-    ),
     "mapping": lambda store: any(
         guest["state"] == "mapping" for guest in store.documents("/xshmd/guests")
     ),

@@ -47,6 +47,7 @@ filled=$((at + 64)) filled_value=$(((0x5853484d << 32) + seed))
 # Every process costs milliseconds under emulation, so these set a variable where others would print.
 get() { value=$(($(devmem "$1" "${2:-32}"))); }
 set_word() { devmem "$1" 32 "$2"; }
+next() { next=$((($1 + 1) & 0xffffffff)); }
 pause() { usleep 50000; }
 
 # region_tag(page, seed); the factor is negative because the shell's numbers are signed.
@@ -54,9 +55,9 @@ tag() { tag=$((((seed << 32) + $1 + 1) * -7046029254386353131)); }
 
 count_boot() {
   get "$boots"
-  set_word "$boots" $((value + 1))
-  get "$boots"
-  say "boots=$value"
+  next "$value"
+  set_word "$boots" $next
+  say "boots=$next"
 }
 
 fill() {
@@ -99,7 +100,8 @@ ping() {
   get "$their_ping"
   next=$value round=0
   while [ $round -lt "$ticks" ]; do
-    next=$((next + 1)) round=$((round + 1))
+    next $next
+    round=$((round + 1))
     set_word "$my_ping" $next
     await "$their_ping" $next 32
   done
@@ -110,7 +112,8 @@ pong() {
   get "$my_ping"
   next=$value round=0
   while [ $round -lt "$ticks" ]; do
-    next=$((next + 1)) round=$((round + 1))
+    next $next
+    round=$((round + 1))
     await "$their_ping" $next 32
     set_word "$my_ping" $next
   done
@@ -123,8 +126,9 @@ every_second() {
     line=''
     case " $* " in *" write "*)
       get "$my_talk"
-      set_word "$my_talk" $((value + 1))
-      line="wrote $((value + 1))" ;;
+      next "$value"
+      set_word "$my_talk" $next
+      line="wrote $next" ;;
     esac
     case " $* " in *" read "*)
       get "$their_talk"

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 WAIT_S = 60.0
 """How long anything may take that ought to take a moment, on an emulated machine under load."""
-SETTLE_S = 45.0
+SETTLE_S = 30.0
 GRACE_S = 15
 """How long the daemon under test waits for a guest that rebooted."""
 SOCKET = "/run/xshmd/io.xshmd.Regions"

@@ -42,7 +42,36 @@ def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> 
     host.destroy(third, watcher, beater)
 
 
-MOMENTS = ("held", "holder", "attaching", "populating", "populated", "mapping", "published")
+def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
+    """Between its record and its pause a guest is not held yet: killed there, the daemon was as good
+    as not running. Either the guest gets its region after all, or the next start says that it has
+    none; it is never paused for ever, and nothing is left of it."""
+    guest = host.guest("victim", Entry(host.unique("demo"), host.at), do="fill,check,stay")
+    words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), "held"]
+    killer = host.dom0.spawn(words, timeout_s=90)
+    host.wait(lambda: b"watching\n" in killer.stdout, "the killer is ready")
+    creating = host.start_creating(guest)
+    assert killer.wait(90).status == 0
+    host.await_killed()
+    since = host.mark
+    host.start_daemon()
+    assert creating.wait(120).status == 0
+    host.wait(
+        lambda: (
+            any(line.startswith("checked pages=256 bad=0") for line in host.said(guest))
+            or "guest runs without its regions" in host.log(since)
+            or host.domid(guest) is None
+        ),
+        "it has its region, or xshmd says that it has not",
+    )
+    domid = host.domid(guest)
+    if domid is not None:
+        info = host.domain(domid)
+        assert info is None or not info["paused"]
+        host.destroy(guest)
+
+
+MOMENTS = ("holder", "populating", "populated", "mapping", "published")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
