@@ -44,8 +44,8 @@ def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> 
 
 def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
     """Between its record and its pause a guest is not held yet: killed there, the daemon was as
-    good as not running. Either the guest gets its region after all, or the next start says that it has
-    none; it is never paused for ever, and nothing is left of it."""
+    good as not running. Either the guest gets its region after all, or the next start says that
+    it has none; it is never paused for ever, and nothing is left of it."""
     guest = host.guest("victim", Entry(host.unique("demo"), host.at), do="fill,check,stay")
     words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), "held"]
     killer = host.dom0.spawn(words, timeout_s=90)
