@@ -276,7 +276,8 @@ def _bootstrap_program(log: Path) -> str:
             raise ToolError("debootstrap is needed to build the tool root: please install it")
         with step("installing debootstrap"):
             _host(["apt-get", "update"], log, timeout_s=600)
-            _host(["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"], log)
+            install = ["apt-get", "install", "-y", "--no-install-recommends"]
+            _host([*install, "debootstrap", "gpgv", "debian-archive-keyring"], log)
         found = shutil.which("debootstrap", path=path)
     if found is None:
         raise ToolError("debootstrap is still missing after apt-get install")

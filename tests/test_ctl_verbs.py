@@ -219,6 +219,8 @@ def test_sigint_is_130(api: FakeRegions, tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from xshmd.ctl import listing\n"
         "from xshmd.ctl.__main__ import main\n"
+        # Whoever started the tests may have had it ignored, which is inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "listing.run = lambda options: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(['list']))"
     )

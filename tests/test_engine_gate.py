@@ -364,6 +364,20 @@ async def test_declare_and_wait(autojump_clock: MockClock) -> None:
         assert host.missing(guest.domid, config) == ""
 
 
+async def test_a_declaration_is_for_one_domain(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        config = host.config("a", host.request("r"), file=False)
+        await daemon.engine.declare(config)
+        made = await host.tools.create(config)
+        assert host.missing(made.domid, config) == ""
+        await host.tools.end(made)
+        made = await host.tools.create(config)
+        assert host.xen.foreign_frames(made.domid) == {}
+        await host.tools.end(made)
+        await host.check_clean()
+
+
 async def test_declare_refuses_at_once_what_cannot_be(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -28,6 +30,17 @@ from xshmd.units import DomId
 
 def states(daemon: Daemon) -> dict[str, GuestState]:
     return {guest.name: guest.state for guest in daemon.engine.snapshot().guests}
+
+
+@asynccontextmanager
+async def _unwrapped() -> AsyncIterator[trio.Nursery]:
+    """Run a nursery whose one failure is raised as it is."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        (only,) = group.exceptions
+        raise only from None
 
 
 async def pair(host: World) -> tuple[GuestConfig, GuestConfig]:
@@ -238,6 +251,76 @@ async def test_a_pause_of_an_admin_survives(autojump_clock: MockClock) -> None:
         await host.start()
         await trio.sleep(5)
         assert host.xen.by_domid[made.domid].pauses == 1
+
+
+async def _stall_in_the_middle(host: World, daemon: Daemon, made: list[DomId]) -> None:
+    """Let a guest be created, and the daemon be killed while it makes the guest's region."""
+    host.tools.at_step = lambda step, domid: made.append(domid) if step == "made" else None
+    host.server.faults.silent = lambda request: request.path.startswith("/xshmd/regions")
+    await host.until(lambda: bool(host.server.connection.held), "a region's record on its way")
+    await daemon.kill()
+    host.server.faults.silent = lambda request: False
+
+
+async def test_killed_while_xl_waits_and_xl_finishes(autojump_clock: MockClock) -> None:
+    """The lock falls, xl is done and has given its pause back: what is left is ours."""
+    async with world() as host:
+        daemon = await host.start()
+        config = host.config("a", host.request("r"))
+        made: list[DomId] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.tools.create, config)
+            await _stall_in_the_middle(host, daemon, made)
+        assert host.xen.by_domid[made[0]].pauses == 1
+        assert host.ran == []
+        await host.start()
+        await host.until(lambda: host.ran == [(made[0], "")], "the guest to run")
+
+
+async def test_killed_and_the_domid_is_a_strangers(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        made: list[DomId] = []
+        with pytest.raises(XlFailed):
+            async with _unwrapped() as nursery:
+                nursery.start_soon(host.tools.create, host.config("a", host.request("r")))
+                await _stall_in_the_middle(host, daemon, made)
+                host.xen.destroy(made[0])
+        for path in ("/local/domain", "/libxl"):
+            host.server.remove(f"{path}/{made[0]}")
+        for name in host.server.nodes["/vm"].children:
+            host.server.remove(f"/vm/{name}")
+        host.xen.next_domid = made[0]
+        stranger = await host.tools.create(host.config("stranger"), paused=True)
+        assert stranger.domid == made[0]
+        await host.start()
+        await trio.sleep(10)
+        assert host.xen.by_domid[stranger.domid].pauses == 1
+        await host.tools.destroy(stranger)
+        await host.check_clean()
+
+
+async def test_a_directory_is_not_brought_back(autojump_clock: MockClock) -> None:
+    """The guest's nodes go while a node of ours in its directory is on its way."""
+    async with world() as host:
+        await host.start()
+        host.server.faults.silent = lambda request: request.path.startswith("/xshmd/regions")
+        with pytest.raises(XlFailed):
+            async with _unwrapped() as nursery:
+                nursery.start_soon(host.tools.create, host.config("a", host.request("r")))
+                await host.until(lambda: bool(host.server.connection.held))
+                (domid,) = host.xen.by_domid.keys() - {0} - set(host.holders())
+                await host.until(lambda: domid in host.server.introduced)
+                for path in (f"/local/domain/{domid}", f"/libxl/{domid}"):
+                    host.server.remove(path)
+                for name in host.server.nodes["/vm"].children:
+                    host.server.remove(f"/vm/{name}")
+                host.server.write(f"/local/domain/{domid}/xshm", "as we would")
+                host.xen.destroy(domid)
+                host.server.faults.silent = lambda request: False
+                host.server.answer_held()
+        await host.until(lambda: f"/local/domain/{domid}/xshm" not in host.server.nodes)
+        assert f"/local/domain/{domid}" not in host.server.nodes
 
 
 # -- domids ---------------------------------------------------------------------------------------

@@ -107,6 +107,9 @@ async def _hold_again(
         ours = count if gate.creation_is_over(guest) else count - 1
         if ours < 1:
             xen.pause(guest.domid)
+        for _ in range(ours - 1):
+            # An earlier recovery was cut off in the middle of counting.
+            xen.unpause(guest.domid)
     except DomainGone:
         gate.unlock(guest)  # the first look finds it gone
     return True
