@@ -178,6 +178,32 @@ async def test_a_refused_guest_is_destroyed_without_a_trace(autojump_clock: Mock
         assert daemon.engine.snapshot().guests == ()
 
 
+async def test_a_late_refusal_removes_devices_too(autojump_clock: MockClock) -> None:
+    """xl has made all but the last step by then, and waits for the lock."""
+    async with world() as host:
+        await host.start()
+        host.server.faults.silent = lambda request: request.path.startswith("/xshmd/regions")
+        host.xen.fail("map_foreign", errno.EINVAL)
+        failed = trio.Event()
+
+        async def create() -> None:
+            with pytest.raises(XlFailed):
+                await host.tools.create(host.config("a", host.request("r")), devices=True)
+            failed.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(create)
+            await host.until(lambda: host.tools.blocked == 1)
+            assert "/local/domain/0/backend/vif/1/0" in host.server.nodes
+            host.server.faults.silent = lambda request: False
+            host.server.answer_held()
+            await failed.wait()
+        await host.until(lambda: "/local/domain/0/backend/vif/1/0" not in host.server.nodes)
+        assert "/local/domain/1" not in host.server.nodes
+        assert "/libxl/1" not in host.server.nodes
+        assert host.holders() == []
+
+
 async def test_a_wrong_configuration_refuses(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start()

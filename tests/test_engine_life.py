@@ -334,6 +334,26 @@ async def test_a_domid_that_comes_again_is_a_new_guest(
         assert host.ran_wrongly == []
 
 
+async def test_a_domid_that_comes_again_while_xenstored_is_away(
+    autojump_clock: MockClock,
+) -> None:
+    """Nobody told us of the end; the domain of that number is another one by now."""
+    async with world() as host:
+        daemon = await host.start()
+        first = await host.tools.create(host.config("first", host.request("r")))
+        await host.tools.create(host.config("keeper"))
+        host.server.stop()
+        await host.tools.destroy(first)
+        host.xen.next_domid = first.domid
+        stranger = await host.tools.create(host.config("stranger"))
+        assert stranger.domid == first.domid
+        host.server.start()
+        await host.until(lambda: daemon.engine.snapshot().guests == (), "the end to be seen")
+        await host.until(lambda: daemon.engine.snapshot().regions == ())
+        assert host.running(stranger)
+        assert host.xen.foreign_frames(stranger.domid) == {}
+
+
 async def test_a_reboot_into_the_same_domid(autojump_clock: MockClock) -> None:
     """Same number, same UUID: only that libxl's node went away tells it is another domain."""
     async with world() as host:

@@ -203,7 +203,7 @@ class Holders:
             raise Conflict(
                 f"the holder of region {region_id} is gone", hint="start the guest again"
             )
-        self._check_memory(region_id, nr_frames)
+        self.check_memory(f"region {region_id}", nr_frames)
         first = Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
         region = Region(
             region_id=region_id, nr_frames=nr_frames, holder_uuid=holder.uuid,
@@ -223,16 +223,16 @@ class Holders:
             raise
         return await self._ledger.put_region(dataclasses.replace(region, ready=True))
 
-    def _check_memory(self, region_id: str, nr_frames: int) -> None:
+    def check_memory(self, what: str, nr_frames: int) -> None:
+        """Raise OutOfMemory if the host has too little for ``what``, a region so large."""
         host = self._xen.host_info()
         needed_bytes = bytes_of(nr_frames + table_frames(nr_frames)) + self._floor_bytes
         if host.free_bytes < needed_bytes:
             raise OutOfMemory(
-                f"region {region_id} needs {human_size(bytes_of(nr_frames))} and the host has "
+                f"{what} needs {human_size(bytes_of(nr_frames))} and the host has "
                 f"{human_size(host.free_bytes)} free, of which {human_size(self._floor_bytes)} "
                 "stay free",
                 hint="end guests or give dom0 less memory (`xl mem-set 0 ...`)",
-                region=region_id,
             )
 
     def _populate_now(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:

@@ -22,9 +22,19 @@ async def remove_leftovers(store: Store, guest: Guest) -> None:
             # Written by the toolstack under its own root, so it is taken at its word; still, only
             # a backend of this very domain is removed.
             if backend and backend.split("/")[-2:] == [str(guest.domid), number]:
-                await store.remove(backend)
+                await _remove_with_parents(store, backend)
     for path in (f"/local/domain/{guest.domid}", f"/vm/{guest.uuid}", f"/libxl/{guest.domid}"):
         await store.remove(path)
+
+
+async def _remove_with_parents(store: Store, backend: str) -> None:
+    """Remove a backend's node, and the directories above it that are then empty, as libxl does."""
+    path = backend
+    while path.count("/") > 3:  # /local/domain/N stays
+        await store.remove(path)
+        path = path.rpartition("/")[0]
+        if await store.directory(path):
+            return
 
 
 async def remove_stray(store: Store, domid: DomId) -> None:

@@ -59,6 +59,8 @@ class Passage:
         self._declared: dict[str, tuple[GuestConfig, float]] = {}
         self.failures: dict[str, XshmError] = {}
         """Why a guest of this name was last refused; until one of that name comes again."""
+        self.doomed_at: dict[str, float] = {}
+        """When the destruction of a guest was begun, in trio's time."""
         self._prepared: set[str] = set()
         self._released: set[str] = set()
 
@@ -66,13 +68,14 @@ class Passage:
         """Drop what is remembered of a guest that is through or gone."""
         for memory in (self._prepared, self._released):
             memory.discard(guest.generation)
+        self.doomed_at.pop(guest.generation, None)
 
     # -- what it is to have ---------------------------------------------------------------------
 
     async def declare(self, config: GuestConfig) -> None:
         """Use this configuration for the next domain of its name, if it can be given."""
         if config.requests:
-            await self._plan(config)
+            self._check_memory(await self._plan(config))
         self.failures.pop(config.name, None)
         self._declared[config.name] = (config, self._clock.now() + DECLARED_S)
 
@@ -166,6 +169,7 @@ class Passage:
     async def _make(self, guest: Guest, plan: GuestPlan) -> Guest:
         # A guest that was begun has its target, or may have: no other holder will do.
         uuid = guest.holder_uuid or plan.holder_uuid
+        self._check_memory(plan)
         holder = self._ledger.holder(uuid) if uuid else None
         if holder is None and uuid:
             # Others run with pages of it: a new one would give this guest other memory than theirs.
@@ -199,6 +203,14 @@ class Passage:
                 holder=holder.uuid,
             )
         return guest
+
+    def _check_memory(self, plan: GuestPlan) -> None:
+        """Refuse before anything is made what the host has not the memory for."""
+        places = {request.region_id: request.place for request in plan.requests}
+        for new in plan.new_regions:
+            self._holders.check_memory(
+                f"{places[new.region_id]}: region {new.region_id}", new.nr_frames
+            )
 
     async def _attach_if_built(self, guest: Guest) -> Guest:
         """Map, once the toolstack has made the guest's memory: not earlier, never later."""
@@ -265,8 +277,14 @@ class Passage:
         await self.finish_doom(doomed)
 
     async def finish_doom(self, guest: Guest) -> None:
-        """Destroy a DOOMED guest, unless an admin wants to look at it; then it stays paused."""
-        if self._options.destroy_on_failure:
-            with contextlib.suppress(DomainGone):
-                await self._worker.run(self._xen.destroy, guest.domid)
-        self._gate.unlock(guest)
+        """Destroy a DOOMED guest, unless an admin wants to look at it; then it stays paused.
+
+        The creation lock stays ours until Xen has forgotten the domain: while somebody still maps
+        a page of it (xenconsoled, mostly), libxl takes what is left for a domain, and succeeds.
+        """
+        if not self._options.destroy_on_failure:
+            self._gate.unlock(guest)
+            return
+        self.doomed_at.setdefault(guest.generation, trio.current_time())
+        with contextlib.suppress(DomainGone):
+            await self._worker.run(self._xen.destroy, guest.domid)

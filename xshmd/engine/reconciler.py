@@ -43,7 +43,10 @@ Work = Callable[[], Awaitable[None]]
 
 AGAIN_S: Final = 1.0
 """When to look again after xenstored failed us in the middle of something."""
-LEFTOVERS_S: Final = 3.0
+LINGER_S: Final = 20.0
+"""How long xl waits with us for a destroyed domain to be forgotten by Xen."""
+LINGER_POLL_S: Final = 0.1
+LEFTOVERS_S: Final = (3.0, 15.0)
 """When to look again for nodes that xl wrote for a domain after we had destroyed it."""
 
 
@@ -198,12 +201,12 @@ class Reconciler:
             if guest.state is GuestState.REBOOTING:
                 continue
             info = domains.get(guest.domid)
-            if info is None or info.uuid != guest.uuid or info.dying:
+            if info is None or info.uuid != guest.uuid:
                 await self._end(guest)
             elif guest.state is GuestState.DOOMED:
-                if self._options.destroy_on_failure:
-                    await self._passage.finish_doom(guest)
-                    await self._end(guest)
+                await self._see_doomed(guest, info)
+            elif info.dying:
+                await self._end(guest)
             elif guest.state is not GuestState.ATTACHED:
                 try:
                     if await self._passage.advance(guest) is None:
@@ -211,6 +214,16 @@ class Reconciler:
                 except DomainGone:
                     await self._end(guest)
         await self._ends.collect()
+
+    async def _see_doomed(self, guest: Guest, info: DomainInfo) -> None:
+        if not info.dying:
+            await self._passage.finish_doom(guest)
+            if not self._options.destroy_on_failure:
+                return  # it stays as it is until an admin destroys it
+        began = self._passage.doomed_at.get(guest.generation, trio.current_time())
+        if trio.current_time() - began > LINGER_S:
+            self._gate.unlock(guest)  # somebody keeps its pages: that shall not hang xl
+        self._look_in(LINGER_POLL_S)
 
     async def _end(self, guest: Guest) -> None:
         self._passage.forget(guest)
@@ -220,7 +233,8 @@ class Reconciler:
         if wait_s:
             self._look_in(wait_s)
         if guest.state is GuestState.DOOMED:
-            self._later(LEFTOVERS_S, lambda: self._put.send_nowait(lambda: self._sweep(guest)))
+            for wait in LEFTOVERS_S:
+                self._later(wait, lambda: self._put.send_nowait(lambda: self._sweep(guest)))
 
     async def _sweep(self, guest: Guest) -> None:
         # Twice: xl was still at work on it when it was destroyed, and may have written nodes since.
