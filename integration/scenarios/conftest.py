@@ -79,5 +79,6 @@ def as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     host.clean_up()
     if not host.daemon_runs:
         host.start_daemon()
-    difference = host.wait_state(before)
+    marker = request.node.get_closest_marker("xen_keeps")
+    difference = host.wait_state(before, kept_pages=marker.args[0] if marker else 0)
     assert not difference, f"the machine is not as it was:\n{difference}"

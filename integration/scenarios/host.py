@@ -44,10 +44,13 @@ class State:
     files: tuple[str, ...]
     toolstacks: int
 
-    def difference(self, other: State) -> str:
-        """What differs in `other`, for a person; empty if nothing does."""
+    def difference(self, other: State, kept_pages: int = 0) -> str:
+        """What differs in `other`, for a person; empty if nothing does.
+
+        `kept_pages` is how many pages Xen itself may have kept.
+        """
         parts = []
-        if other.free_pages != self.free_pages:
+        if not 0 <= self.free_pages - other.free_pages <= kept_pages:
             parts.append(f"free pages: {self.free_pages} before, {other.free_pages} after")
         if other.toolstacks != self.toolstacks:
             parts.append(f"xl processes: {self.toolstacks} before, {other.toolstacks} after")
@@ -364,11 +367,11 @@ class Host:
             toolstacks=int(toolstacks or 0),
         )
 
-    def wait_state(self, wanted: State, timeout_s: float = SETTLE_S) -> str:
+    def wait_state(self, wanted: State, timeout_s: float = SETTLE_S, *, kept_pages: int = 0) -> str:
         """Wait until the machine is as it was; the difference if that never happens."""
         deadline = time.monotonic() + timeout_s
         while True:
-            difference = wanted.difference(self.state())
+            difference = wanted.difference(self.state(), kept_pages)
             if not difference or time.monotonic() > deadline:
                 return difference
             time.sleep(0.2)

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from integration.scenarios.host import Host
 
-SUITE = Path(__file__).resolve().parent.parent.parent / "tests" / "contract"
 
-
-@pytest.mark.skipif(not SUITE.is_dir(), reason="there is no contract suite yet")
+@pytest.mark.xen_keeps(4)  # seen on x86: 1 or 2 after hundreds of domains; each case is page-exact
 def test_contract_suite_on_real_xen(host: Host) -> None:
     """The contract suite, which the fakes pass, passes unchanged in dom0."""
     host.stop_daemon()

@@ -75,10 +75,12 @@ CASES = (
 )
 X86_CASES = (
     Case("PV", _one(), "is a PV guest", more=(("type", "pv"), ("linux", True))),
-    Case("hap=0", _one(), "has hap=0", more=(("lines", ("hap = 0",)),)),
-)
-X86_CASES_XEN_REFUSES_TOO = (
     Case("altp2m", _one(), "has altp2m", more=(("lines", ('altp2m = "external"',)),)),
+)
+# The Xen of the rig makes no such domain, so plain `xl create` fails before anybody can see one.
+# (And each time it refuses hap=0, it loses two pages by itself: that one is not even tried.)
+X86_CASES_XEN_REFUSES_TOO = (
+    Case("hap=0", _one(), "has hap=0", more=(("lines", ("hap = 0",)),)),
     Case("nested HVM", _one(), "has nestedhvm=1", more=(("lines", ("nestedhvm = 1",)),)),
 )
 
