@@ -402,3 +402,12 @@ def test_who_says_what() -> None:
     doomed = dataclasses.replace(there, name="b", uuid="u4", state=GuestState.DOOMED)
     found = [(one.guest, one.request.region_id) for one in claims([there, doomed], configs)]
     assert found == [("a", "live"), ("b", "r"), ("b", "s")]
+
+
+def test_a_guest_only_just_seen_counts_by_its_file() -> None:
+    """Two guests made at the same moment: the borrower is planned while its owner is but held."""
+    held = Guest(domid=DomId(3), uuid="u3", name="a", generation="g", state=GuestState.HELD)
+    found = [
+        (one.guest, one.request.region_id) for one in claims([held], [guest(request(), name="a")])
+    ]
+    assert found == [("a", "r")]

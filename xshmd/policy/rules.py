@@ -279,10 +279,12 @@ class Claim:
 def claims(guests: Sequence[Guest], configs: Sequence[GuestConfig]) -> tuple[Claim, ...]:
     """Gather who says what: the guests there are, and the configurations of those there are not.
 
-    A guest that exists counts as it was made, not as its file reads now; one that is being
-    destroyed for want of its regions does not exist.
+    A guest that exists counts as it was made, not as its file reads now.  One that has only just
+    been seen is not made yet, so its file counts; one that is being destroyed for want of its
+    regions does not exist.
     """
-    there = [guest for guest in guests if guest.state is not GuestState.DOOMED]
+    unmade = (GuestState.HELD, GuestState.DOOMED)
+    there = [guest for guest in guests if guest.state not in unmade]
     names = {guest.name for guest in there}
     uuids = {guest.uuid for guest in there}
     found = [Claim(guest=guest.name, request=one) for guest in there for one in guest.requests]
