@@ -138,16 +138,13 @@ def start_daemon(dom0: Dom0) -> None:
 def warm_up(dom0: Dom0, arch: str) -> None:
     """Have two guests come and go: what Xen keeps for itself after its first is not ours to count.
 
-    Seen: 18 to 21 pages after the first pair of guests, with and without regions, and not one more
-    after any number of further pairs.
+    Seen: 18 to 21 pages after the first pair of such guests, with and without regions (tables for
+    the frames at which dom0 maps a guest's memory), and not one more after any number of further
+    pairs.
     """
-    for name, role in (("first", "owner"), ("second", "borrower")):
-        dom0.put(
-            f"/etc/xen/{name}.cfg",
-            f'name = "{name}"\ntype = "pvh"\nkernel = "/rig/guests/baremetal"\nmemory = 160\n'
-            f"vcpus = 1\n{ARCH_LINES[arch]}"
-            f'static_shm = [ "id=warmup, begin={REGION_AT[arch]:#x}, size=4096, role={role}" ]\n',
-        )
+    for slot, (name, role) in enumerate((("first", "owner"), ("second", "borrower"))):
+        text = config(arch, name, "nobody", slot, role).replace("mailbox", "warmup")
+        dom0.put(f"/etc/xen/{name}.cfg", text)
     dom0.run(
         "for g in first second; do xl create -q /etc/xen/$g.cfg || exit; done; "
         "for g in first second; do xl destroy $g && rm /etc/xen/$g.cfg; done",
