@@ -116,6 +116,7 @@ def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
     host.start_daemon()
     host.wait(lambda: [r["id"] for r in host.regions()] == [region], f"{own} is freed")
     host.destroy(stays)
+    host.stop_daemon()  # the next scenario has one with the usual options
 
 
 def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
@@ -128,6 +129,7 @@ def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
     host.start_daemon()
     host.wait(lambda: not host.regions(), "the region is freed")
     host.wait(lambda: len(host.ask("domains")) == 1, "the holder is gone")
+    host.stop_daemon()
 
 
 def test_guest_reboots_while_the_daemon_is_down(host: Host) -> None:
