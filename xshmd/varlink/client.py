@@ -20,6 +20,8 @@ INTERFACE: Final = "io.xshmd.Regions"
 DEFAULT_PATH: Final = "/run/xshmd/io.xshmd.Regions"
 _SERVICE: Final = "org.varlink.service."
 _RECEIVE_BYTES: Final = 256 * 1024
+_SIGNAL_CHECK_S: Final = 0.25
+"""How long one wait lasts: a signal that comes just before recv() blocks is only seen after it."""
 _DAEMON_HINT: Final = "see systemctl status xshmd"
 _OWN_FIELDS: Final = ("message", "hint", "facts", "self")
 
@@ -84,8 +86,11 @@ class Client:
             stream.settimeout(_left(deadline))
             stream.sendall(message)
             while (answer := self._decoder.next_message()) is None:
-                stream.settimeout(_left(deadline))
-                data = stream.recv(_RECEIVE_BYTES)
+                stream.settimeout(min(_left(deadline), _SIGNAL_CHECK_S))
+                try:
+                    data = stream.recv(_RECEIVE_BYTES)
+                except TimeoutError:
+                    continue
                 if not data:
                     raise ConnectionResetError
                 self._decoder.feed(data)
