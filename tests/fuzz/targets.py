@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Everything that reads what others wrote, each with what must hold whatever that is.
+
+A target returns, or raises only what its reader documents; anything else that comes out is a bug.
+Where something was understood, writing it and reading it again must give the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xshmd.config import static_shm, xlcfg
+from xshmd.config.guest import guest_config
+from xshmd.engine import records
+from xshmd.errors import ConfigError, ConfigUnreadable, StoreError
+from xshmd.model import Arch, Place, RegionRequest
+from xshmd.units import PAGE_SHIFT
+from xshmd.varlink import idl
+from xshmd.varlink import wire as varlink_wire
+from xshmd.xen import store_wire
+
+CORPUS: Final = Path(__file__).parent / "corpus"
+FILE: Final = "fuzzed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One reader."""
+
+    name: str
+    run: Callable[[bytes], None]
+    words: tuple[bytes, ...] = ()
+
+    def corpus(self) -> list[bytes]:
+        """Return the committed inputs, the empty one first."""
+        return [b"", *(path.read_bytes() for path in sorted((CORPUS / self.name).iterdir()))]
+
+
+def _words(text: str) -> tuple[bytes, ...]:
+    return tuple(word.encode() for word in text.split())
+
+
+def xl_config(data: bytes) -> None:
+    """The language of xl's configurations."""
+    try:
+        config = xlcfg.parse(data, FILE)
+    except ConfigUnreadable:
+        return
+    plain = config.plain()
+    assert xlcfg.parse(xlcfg.render(plain), FILE).plain() == plain
+
+
+def guest(data: bytes) -> None:
+    """What a whole configuration says about shared memory."""
+    for arch in Arch:
+        try:
+            config = guest_config(data, file=FILE, arch=arch)
+        except (ConfigError, ConfigUnreadable) as error:
+            said = error.message
+        else:
+            said = FILE
+            for request in config.requests:
+                _sound(request)
+        assert said.startswith(FILE), said
+
+
+def entry(data: bytes) -> None:
+    """One entry of static_shm."""
+    errors: list[ConfigError] = []
+    request = static_shm.parse_entry(data.decode("latin-1"), Place(file=FILE), errors)
+    assert (request is None) == bool(errors)
+    if request is None:
+        return
+    _sound(request)
+    again = static_shm.parse_entry(static_shm.render_entry(request), Place(file=FILE), errors)
+    assert again == request
+    assert not errors
+
+
+def _sound(request: RegionRequest) -> None:
+    assert request.nr_frames >= 0
+    assert request.offset_frames >= 0
+    assert -1 <= request.first_gfn <= request.first_gfn + request.nr_frames <= 1 << 64 - PAGE_SHIFT
+
+
+def xenstore(data: bytes) -> None:
+    """Bytes from xenstored, however they are cut."""
+    whole, cut = store_wire.FrameDecoder(), store_wire.FrameDecoder()
+    found: list[tuple[list[store_wire.Frame], bool]] = []
+    middle = len(data) // 3
+    for decoder, pieces in ((whole, [data]), (cut, [data[:middle], data[middle:]])):
+        frames: list[store_wire.Frame] = []
+        broken = False
+        try:
+            for piece in pieces:
+                decoder.feed(piece)
+                while (frame := decoder.next_frame()) is not None:
+                    frames.append(frame)
+        except store_wire.WireError:
+            broken = True
+        found.append((frames, broken))
+    assert found[0] == found[1]
+    for frame in found[0][0]:
+        for read in _PAYLOADS:
+            with contextlib.suppress(store_wire.WireError, StoreError):
+                read(frame.payload)
+
+
+_PAYLOADS: Final[tuple[Callable[[bytes], object], ...]] = (
+    store_wire.split_strings,
+    store_wire.decode_value,
+    store_wire.decode_error,
+    store_wire.decode_event,
+    store_wire.decode_introduced,
+    store_wire.decode_transaction_id,
+    store_wire.decode_directory_part,
+)
+
+
+def record(data: bytes) -> None:
+    """A record of ours that something else has written over."""
+    for kind in (records.decode_holder, records.decode_region, records.decode_guest):
+        try:
+            text = data.decode()
+            found = kind("/xshmd/x/y", text)
+        except (StoreError, UnicodeDecodeError):
+            continue
+        assert kind("/xshmd/x/y", records.encode(found)) == found
+
+
+def varlink_message(data: bytes) -> None:
+    """What a client sends, and what a server answers."""
+    try:
+        call = varlink_wire.parse_call(data)
+    except varlink_wire.ProtocolViolation:
+        pass
+    else:
+        again = varlink_wire.parse_call(varlink_wire.encode_call(call)[:-1])
+        assert (again.method, again.parameters) == (call.method, call.parameters)
+        interface = idl.load("io.xshmd.Regions")
+        for method in interface.methods.values():
+            with contextlib.suppress(idl.Mismatch):
+                interface.check(method.takes, call.parameters)
+    try:
+        reply = varlink_wire.parse_reply(data)
+    except varlink_wire.ProtocolViolation:
+        return
+    again_reply = varlink_wire.parse_reply(varlink_wire.encode_reply(reply)[:-1])
+    assert (again_reply.parameters, again_reply.error) == (reply.parameters, reply.error)
+
+
+def varlink_stream(data: bytes) -> None:
+    """The cutting of a stream into messages."""
+    decoder = varlink_wire.Decoder(1024)
+    try:
+        for start in range(0, len(data), 7):
+            decoder.feed(data[start : start + 7])
+            while (message := decoder.next_message()) is not None:
+                assert len(message) <= 1024
+                assert b"\0" not in message
+    except varlink_wire.ProtocolViolation:
+        pass
+
+
+def varlink_idl(data: bytes) -> None:
+    """An interface definition."""
+    with contextlib.suppress(idl.IdlError):
+        idl.parse(data.decode("latin-1"))
+
+
+TARGETS: Final = {
+    target.name: target
+    for target in (
+        Target(
+            name="xl-config", run=xl_config,
+            words=_words("""static_shm = += [ ] [] , ; # ' " \\n \\x41 name memory "x" \\\n"""),
+        ),
+        Target(
+            name="guest", run=guest,
+            words=_words("""static_shm static_shared_mem = [ ] "id=r0," begin= size= role=owner
+                borrower master slave type="pvh" "hvm" "pv" builder memory maxmem hap altp2m
+                nestedhvm pvshim uuid lifetime= isolation= transport=
+                prot=ro end= granularity=4k"""),
+        ),
+        Target(
+            name="entry", run=entry,
+            words=_words("""id= begin= end= size= offset= role= owner borrower master slave prot=
+                rw ro RO RW cache_policy= ARM_normal x86_normal granularity=4k lifetime= members
+                system isolation= group sealed region transport= physmap grant prot_enforcement=
+                advisory required , = 0x1000 0x3a000000"""),
+        ),
+        Target(name="xenstore", run=xenstore, words=(b"\0", b"\x0d\0\0\0", b"EAGAIN\0", b"OK\0")),
+        Target(
+            name="record", run=record,
+            words=_words("""{ } [ ] : , "v":1 "id" "frames" "holder" "domid" "uuid" "name" "state"
+                "attached" "requests" "terms" null true false -1 1e999 NaN "ended" "lifetime" """),
+        ),
+        Target(
+            name="varlink-message", run=varlink_message,
+            words=_words("""{ } [ ] : , "method" "parameters" "more" "oneway" "upgrade" "error"
+                "continues" "io.xshmd.Regions.ListRegions" "io.xshmd.Regions.Apply" true null
+                \\ud800 \\u0000 1e400 -0"""),
+        ),
+        Target(name="varlink-stream", run=varlink_stream, words=(b"\0", b"{}\0", b"x" * 1024)),
+        Target(
+            name="varlink-idl", run=varlink_idl,
+            words=_words("interface type method error -> ( ) : , ? [] [string] string int object"),
+        ),
+    )
+}  # fmt: skip

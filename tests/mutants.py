@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``make mutants``: breaks the model of Xen in small ways, and asks whether the contract notices.
+
+What real Xen keeps too is the contract alone (:mod:`contract.cases`, :mod:`contract.traces`), so a
+broken model that passes it is one the unit tests could rest on wrongly.  Run in ``tests``:
+``python3 -m mutants [--seconds N] [--sample N] [--seed N]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import random
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from contract import traces
+from contract.cases import CASES
+from contract.host import ContractHost
+from fakes import hypervisor
+
+from xshmd.model import Arch
+
+SOURCE: Final = Path(hypervisor.__file__)
+MUTANT_LIMIT_S: Final = 20.0
+TRACES: Final = range(6)
+NOT_OF_XEN: Final = frozenset(
+    {
+        # instruments of the tests, and the model's checks of itself
+        "_call", "_inject", "fail", "check", "_check_conservation", "close_maps", "guest_read",
+        "guest_write", "foreign_frames", "_guest_pages", "__init__", "_crash", "_short",
+    }
+)  # fmt: skip
+_COMPARISONS: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+
+Edit = Callable[[ast.AST], None]
+
+
+class Mutant:
+    """One small change: what it is, and how it is made in a fresh tree."""
+
+    def __init__(self, what: str, node: int, edit: Edit) -> None:
+        self.what, self.node, self.edit = what, node, edit
+
+
+class _TookTooLong(BaseException):
+    pass
+
+
+def mutants(tree: ast.Module) -> list[Mutant]:
+    """Return every change to what the model says of Xen."""
+    numbers = {node: number for number, node in enumerate(ast.walk(tree))}
+    found = []
+    for function in _functions(tree):
+        for node in ast.walk(function):
+            for what, edit in _edits(node):
+                text = ast.unparse(node).splitlines()[0][:70]
+                line = getattr(node, "lineno", 0)
+                found.append(Mutant(f"{function.name}:{line}: {what}: {text}", numbers[node], edit))
+    return found
+
+
+def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        if cls.name == "SimulatedXen":
+            for node in cls.body:
+                if isinstance(node, ast.FunctionDef) and node.name not in NOT_OF_XEN:
+                    yield node
+
+
+def _edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
+    match node:
+        case ast.Compare(ops=[operator]) if type(operator) in _COMPARISONS:
+            yield "comparison", _set("ops", [_COMPARISONS[type(operator)]()])
+        case ast.BoolOp(op=ast.And()):
+            yield "or", _set("op", ast.Or())
+        case ast.BoolOp(op=ast.Or()):
+            yield "and", _set("op", ast.And())
+        case ast.BinOp(op=ast.Add()) if not isinstance(node.left, ast.JoinedStr):
+            yield "minus", _set("op", ast.Sub())
+        case ast.BinOp(op=ast.Sub()):
+            yield "plus", _set("op", ast.Add())
+        case ast.AugAssign(op=ast.Add()):
+            yield "minus", _set("op", ast.Sub())
+        case ast.AugAssign(op=ast.Sub()):
+            yield "plus", _set("op", ast.Add())
+        case ast.If():
+            yield "always", _set("test", ast.Constant(True))
+            yield "never", _set("test", ast.Constant(False))
+        case ast.Attribute(value=ast.Name(id="errno"), attr=name):
+            yield "errno", _set("attr", "EBUSY" if name != "EBUSY" else "EIO")
+    if isinstance(node, (ast.FunctionDef, ast.If, ast.For, ast.With)):
+        for place, statement in enumerate(node.body):
+            if isinstance(statement, (ast.AugAssign, ast.Assign)) or (
+                isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+            ):
+                yield f"without `{ast.unparse(statement)[:50]}`", _without(place)
+
+
+def _set(field: str, value: object) -> Edit:
+    def edit(node: ast.AST) -> None:
+        setattr(node, field, copy.deepcopy(value))
+
+    return edit
+
+
+def _without(place: int) -> Edit:
+    def edit(node: ast.AST) -> None:
+        body: list[ast.stmt] = node.body  # type: ignore[attr-defined]
+        body[place] = ast.copy_location(ast.Pass(), body[place])
+
+    return edit
+
+
+def _broken_model(text: str, mutant: Mutant) -> type[hypervisor.SimulatedXen]:
+    tree = ast.parse(text)
+    mutant.edit(list(ast.walk(tree))[mutant.node])
+    ast.fix_missing_locations(tree)
+    module = types.ModuleType("broken")
+    sys.modules["broken"] = module
+    exec(compile(tree, "broken", "exec"), module.__dict__)
+    model: type[hypervisor.SimulatedXen] = module.__dict__["SimulatedXen"]
+    return model
+
+
+class Contract:
+    """The contract as a list of checks, those that caught most first."""
+
+    def __init__(self) -> None:
+        self._answers = {
+            (arch, seed): traces.played(_model(hypervisor.SimulatedXen, arch), seed)
+            for arch in Arch
+            for seed in TRACES
+        }
+        self._checks: list[Callable[[Any], None]] = [
+            self._case(case, arch) for _, case in CASES for arch in Arch
+        ]
+        self._checks += [self._trace(arch, seed) for arch in Arch for seed in TRACES]
+
+    def _case(self, case: Any, arch: Arch) -> Callable[[Any], None]:
+        def check(model: Any) -> None:
+            xen = _model(model, arch)
+            free = xen.free_pages
+            with ContractHost(xen) as make:
+                case(xen, make)
+            if xen.free_pages != free or len(xen.domains()) != 1:
+                raise AssertionError("something is left")
+
+        return check
+
+    def _trace(self, arch: Arch, seed: int) -> Callable[[Any], None]:
+        def check(model: Any) -> None:
+            if traces.played(_model(model, arch), seed) != self._answers[arch, seed]:
+                raise AssertionError("another answer")
+
+        return check
+
+    def catches(self, model: Any) -> bool:
+        """Return whether any check fails with this model."""
+        for place, check in enumerate(self._checks):
+            try:
+                check(model)
+            except (Exception, _TookTooLong):
+                self._checks.insert(0, self._checks.pop(place))
+                return True
+        return False
+
+
+def _model(model: Any, arch: Arch) -> hypervisor.SimulatedXen:
+    made: hypervisor.SimulatedXen = model(arch, total_pages=1 << 18, dom0_pages=1 << 16)
+    return made
+
+
+def _too_long(*_: object) -> None:
+    raise _TookTooLong
+
+
+def main() -> int:
+    """Try the mutants; return 1 if fewer than 95 % are caught."""
+    parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--sample", type=int, default=0, help="how many; 0: all")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    text = SOURCE.read_text()
+    everything = mutants(ast.parse(text))
+    random.Random(options.seed).shuffle(everything)
+    chosen = everything[: options.sample or None]
+    contract = Contract()
+    if contract.catches(hypervisor.SimulatedXen):
+        print("mutants: the model itself does not keep the contract", file=sys.stderr)
+        return 1
+    # A case that waits for what never comes would wait five seconds on each.
+    ContractHost.wait = _no_waiting  # type: ignore[method-assign]
+    signal.signal(signal.SIGALRM, _too_long)
+    survivors, tried, began = [], 0, time.monotonic()
+    for mutant in chosen:
+        if time.monotonic() - began > options.seconds:
+            break
+        tried += 1
+        signal.setitimer(signal.ITIMER_REAL, MUTANT_LIMIT_S)
+        try:
+            caught = contract.catches(_broken_model(text, mutant))
+        except _TookTooLong:
+            caught = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if not caught:
+            survivors.append(mutant.what)
+    for what in sorted(survivors):
+        print(f"survived: {what}")
+    share = 100 * (tried - len(survivors)) / max(tried, 1)
+    print(
+        f"{len(everything)} mutants, {tried} tried, {len(survivors)} survived: {share:.1f} % caught"
+    )
+    return 0 if share >= 95 else 1
+
+
+def _no_waiting(_: ContractHost, condition: Callable[[], bool], what: str) -> None:
+    if not condition():
+        raise AssertionError(what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
