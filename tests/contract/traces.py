@@ -305,9 +305,9 @@ class Trace:
         )
 
 
-def played(xen: Hypervisor, seed: int, *, quiet_s: float = 0.0) -> list[str]:
+def played(xen: Hypervisor, seed: int, *, host: type[ContractHost] = ContractHost) -> list[str]:
     """Play one trace on its own and return its answers."""
-    with ContractHost(xen, quiet_s=quiet_s) as make:
+    with host(xen) as make:
         return Trace(xen, make, seed).play()
 
 
