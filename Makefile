@@ -4,6 +4,8 @@
 
 ARCH ?= arm64
 TEST_ARCHES ?= arm64 x86_64
+# How many machines are emulated at once; 0 is two a processor, if there is memory for them.
+MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
 .PHONY: help demo shell test lint unit unit-debian rig rig-% bench clean
@@ -11,7 +13,7 @@ PY = $$(python3 -m integration.hostenv)
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
 	@echo 'make test                  everything: lint, types, unit tests, scenarios on real Xen'
-	@echo 'make lint | unit | unit-debian | rig-arm64 | rig-x86_64     the parts of it'
+	@echo 'make lint | unit | unit-debian | rig-arm64 | rig-x86_64     its parts, one by one'
 	@echo 'make bench [ARCH=...]      the published figures'
 	@echo 'make shell [ARCH=...]      a shell in a dom0 with xshmd installed'
 
@@ -21,7 +23,10 @@ demo:
 shell:
 	@python3 -m integration shell --arch $(ARCH)
 
-test: lint unit unit-debian rig
+# Side by side, each part's output in artefacts/test/; shown are progress and what fails.
+test:
+	@set -e; py=$(PY); \
+	exec $$py -m integration.parts --machines $(MACHINES) $(addprefix --arch ,$(TEST_ARCHES)) $(PARTS)
 
 lint:
 	@set -e; py=$(PY); \

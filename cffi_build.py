@@ -328,6 +328,17 @@ XENCTRL.cdef(
                                        xen_pfn_t *extent_start);
     int xc_domain_cacheflush(xc_interface *xch, uint32_t domid, xen_pfn_t start, xen_pfn_t nr);
     int xc_evtchn_alloc_unbound(xc_interface *xch, uint32_t domid, uint32_t remote_dom);
+    int xc_domain_iomem_permission(xc_interface *xch, uint32_t domid, unsigned long first_mfn,
+                                   unsigned long nr_mfns, uint8_t allow_access);
+    int xc_domain_memory_mapping(xc_interface *xch, uint32_t domid, unsigned long first_gfn,
+                                 unsigned long first_mfn, unsigned long nr_mfns,
+                                 uint32_t add_mapping);
+
+    typedef struct { uint64_t address, size; uint32_t kind; } xshm_range;
+    int xshm_set_memory_map(xc_interface *xch, uint32_t domid, const xshm_range *ranges,
+                            uint32_t nr);
+    int xshm_machine_memory_map(xc_interface *xch, xshm_range *out, uint32_t capacity);
+    int xshm_entry_register(xc_interface *xch, uint32_t domid, uint64_t *out);
 
     typedef struct { uint32_t domid, flags, max_vcpu_id, nr_online_vcpus, gpaddr_bits;
                      uint64_t tot_pages, max_pages, cpu_time; uint8_t handle[16]; } xshm_info;
@@ -356,7 +367,9 @@ XENCTRL.set_source(
     #include <string.h>
     #include <xenctrl.h>
     #include <xentoollog.h>
+    #include <xen/hvm/save.h>
 
+    typedef struct { uint64_t address, size; uint32_t kind; } xshm_range;
     typedef struct { uint8_t handle[16]; uint32_t flags, max_vcpus, max_evtchn_port;
                      int32_t max_grant_frames, max_maptrack_frames; uint32_t grant_opts,
                      vmtrace_size, emulation_flags; } xshm_recipe;
@@ -421,6 +434,70 @@ XENCTRL.set_source(
         *domid = 0x7FF5;   /* DOMID_ANY, by number: the name is younger than Xen 4.18's headers */
         return xc_domain_create(xch, domid, &c);
     }
+
+    /* x86's E820 maps, and what is in a vCPU's registers: Arm has neither, and says ENOSYS. */
+    #if defined(__x86_64__)
+    static int xshm_set_memory_map(xc_interface *xch, uint32_t domid, const xshm_range *ranges,
+                                   uint32_t nr)
+    {
+        struct e820entry entries[E820MAX];
+        uint32_t i;
+
+        if ( nr > E820MAX ) {
+            errno = EINVAL;
+            return -1;
+        }
+        for ( i = 0; i < nr; i++ ) {
+            entries[i].addr = ranges[i].address;
+            entries[i].size = ranges[i].size;
+            entries[i].type = ranges[i].kind;
+        }
+        return xc_domain_set_memory_map(xch, domid, entries, nr);
+    }
+
+    static int xshm_machine_memory_map(xc_interface *xch, xshm_range *out, uint32_t capacity)
+    {
+        struct e820entry entries[E820MAX];
+        int n, i;
+
+        n = xc_get_machine_memory_map(xch, entries, capacity < E820MAX ? capacity : E820MAX);
+        for ( i = 0; i < n; i++ ) {
+            out[i].address = entries[i].addr;
+            out[i].size = entries[i].size;
+            out[i].kind = entries[i].type;
+        }
+        return n;
+    }
+
+    static int xshm_entry_register(xc_interface *xch, uint32_t domid, uint64_t *out)
+    {
+        HVM_SAVE_TYPE(CPU) cpu;
+
+        if ( xc_domain_hvm_getcontext_partial(xch, domid, HVM_SAVE_CODE(CPU), 0, &cpu,
+                                              sizeof cpu) )
+            return -1;
+        *out = cpu.rbx;
+        return 0;
+    }
+    #else
+    static int xshm_unknown_here(void) { errno = ENOSYS; return -1; }
+    static int xshm_set_memory_map(xc_interface *xch, uint32_t domid, const xshm_range *ranges,
+                                   uint32_t nr)
+    {
+        (void)xch; (void)domid; (void)ranges; (void)nr;
+        return xshm_unknown_here();
+    }
+    static int xshm_machine_memory_map(xc_interface *xch, xshm_range *out, uint32_t capacity)
+    {
+        (void)xch; (void)out; (void)capacity;
+        return xshm_unknown_here();
+    }
+    static int xshm_entry_register(xc_interface *xch, uint32_t domid, uint64_t *out)
+    {
+        (void)xch; (void)domid; (void)out;
+        return xshm_unknown_here();
+    }
+    #endif
 
     static int xshm_domain_list(xc_interface *xch, uint32_t first, unsigned int max, xshm_info *out)
     {

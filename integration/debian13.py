@@ -21,7 +21,9 @@ from integration.progress import step
 from integration.toolroot import ToolRoot
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
-COPIED: Final = ("xshmd", "tests", "integration", "systemd", "pyproject.toml", "cffi_build.py")
+COPIED: Final = (
+    "xshmd", "tests", "integration", "docs", "systemd", "pyproject.toml", "cffi_build.py",
+)  # fmt: skip
 LIMIT_S: Final = 1200
 
 
@@ -46,7 +48,7 @@ def run_unit_tests(arguments: list[str]) -> int:
             ["python3", "-m", "pytest", "-p", "no:cacheprovider", "tests", *arguments],
             binds={tree: "/rig/tree"},
             cwd="/rig/tree",
-            env={"PYTHONDONTWRITEBYTECODE": "1"},
+            env={"PYTHONDONTWRITEBYTECODE": "1", "XSHMD_EXPECT_LIBXLUTIL": "1"},
             stdin=subprocess.DEVNULL,
         )
         try:

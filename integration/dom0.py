@@ -82,7 +82,7 @@ class Dom0:
         self,
         command: Command,
         *,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
         stdin: bytes = b"",
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,

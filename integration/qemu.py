@@ -22,6 +22,9 @@ PAYLOAD = "/rig/payload.tar"
 ARTEFACTS = "/rig/artefacts"
 CONSOLE_LOG = "console.log"
 
+PLAIN_BAR_MIB = 4
+"""The size of the BAR that is plain memory: 2 of the device with the id 1af4:1110."""
+
 # QEMU puts its device tree at 0x4800_0000 on `virt`: the boot modules keep clear of it.
 _ARM64_KERNEL_AT = 0x5000_0000
 _ARM64_INITRAMFS_AT = 0x5800_0000
@@ -101,6 +104,9 @@ def command(arch: Arch, shape: Shape, *, channel_fd: int, kernel_bytes: int) -> 
         *("-serial", "chardev:console"),
         *("-chardev", f"socket,id=channel,fd={channel_fd}"),
         *("-device", f"virtserialport,chardev=channel,name={PORT_NAME}"),
+        # A PCI device whose BAR is plain memory: what regions with the host backing are tried on.
+        *("-object", f"memory-backend-ram,id=plain,size={PLAIN_BAR_MIB}M,share=on"),
+        *("-device", "ivshmem-plain,memdev=plain"),
     ]
 
 

@@ -20,7 +20,8 @@ from fakes.hypervisor import READ_ONLY
 from fakes.world import Daemon, Life, World, world
 from trio.testing import MockClock
 
-from xshmd.model import Arch
+from xshmd.errors import Conflict, NoSuchRegion, StoreLost, XshmError
+from xshmd.model import Arch, Change, Guest
 from xshmd.ports import CreationLock, HeldLock, Hypervisor, Store
 from xshmd.units import DomId
 
@@ -232,6 +233,51 @@ class Lives:
             guard.dead = True
             await trio.sleep(RESTART_S)
 
+    async def apply(self, *changes: Change) -> None:
+        """Have these changes made, asked for again whenever the daemon is cut off in them.
+
+        After each cut they must have been made as a whole, or not at all: then the next attempt
+        succeeds, or finds that there is nothing to do.
+        """
+        while True:
+            await self._host.until(
+                lambda: (
+                    self.daemon is not None
+                    and self.daemon.ready.is_set()
+                    and not self.daemon.ended.is_set()
+                ),
+                "a daemon to ask",
+            )
+            daemon = self.daemon
+            assert daemon is not None
+            outcome: list[XshmError | None] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_at_the_end_of, daemon, nursery.cancel_scope)
+                try:
+                    await daemon.engine.apply(changes)
+                    outcome.append(None)
+                except XshmError as error:
+                    outcome.append(error)
+                nursery.cancel_scope.cancel()
+            if not outcome or isinstance(outcome[0], StoreLost):
+                continue  # it was cut off
+            refusal = outcome[0]
+            if refusal is None or (self.was_cut and isinstance(refusal, (Conflict, NoSuchRegion))):
+                return
+            raise refusal
+
+    def guests(self) -> tuple[Guest, ...] | None:
+        """The guests that the daemon knows; None while there is none."""
+        daemon = self.daemon
+        if daemon is None or not daemon.ready.is_set() or daemon.ended.is_set():
+            return None
+        return daemon.engine.snapshot().guests
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether any life has ended yet."""
+        return len(self.seen) > 1
+
     async def settled(self) -> Daemon:
         """Return the daemon once it is up and will not be cut any more."""
         await self._host.until(
@@ -250,6 +296,11 @@ class Lives:
         self._stopped = True
         if self.daemon is not None:
             await self.daemon.kill()
+
+
+async def _cancel_at_the_end_of(daemon: Daemon, scope: trio.CancelScope) -> None:
+    await daemon.ended.wait()
+    scope.cancel()
 
 
 Scenario = Callable[[World, Lives], Awaitable[None]]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is taken from a guest's configuration, and that only shared memory can make it an error."""
 
+import time
+
 import pytest
 
 from xshmd.config.findings import errors_of
@@ -143,17 +145,69 @@ def test_our_own_files_need_neither_name_nor_type() -> None:
 
 
 def test_the_key_of_2017() -> None:
+    text = "name='vm'\nstatic_shared_mem=['id=1, begin=0x20000, end=0x20010, prot=RW']\n"
+    (request,) = guest_config(text, file="vm.cfg").requests
+    assert (request.region_id, request.first_gfn, request.nr_frames) == ("1", 0x20000, 16)
+    assert str(request.place) == "vm.cfg:2: static_shared_mem[0]"
+    both = guest_config(text + ENTRY, file="vm.cfg")
+    assert [one.place.key for one in both.requests] == ["static_shm[0]", "static_shared_mem[0]"]
+
+
+def test_one_id_twice_in_a_configuration() -> None:
+    entry = "'id=1, begin=0x1000000000, size=0x1000, role=owner'"
     with pytest.raises(ConfigError) as caught:
-        guest_config("name='vm'\nstatic_shared_mem=['id=1']\n", file="vm.cfg")
-    assert "vm.cfg:2: static_shared_mem: the key is now static_shm" in caught.value.message
+        guest_config(f"name='vm'\nstatic_shm=[{entry},\n{entry}]\n", file="vm.cfg")
+    assert caught.value.message == (
+        "vm.cfg:3: static_shm[1]: region '1' is already in static_shm[0] (line 2)"
+    )
+    assert caught.value.facts["rule"] == "region-twice"
 
 
 def test_all_that_is_wrong_is_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         guest_config("uuid='x'\nmemory='y'\nstatic_shm=['id=r']\n", file="vm.cfg")
-    assert len(errors_of(caught.value)) == 6
-    assert "; and 5 more: " in caught.value.message
-    assert caught.value.facts == {"file": "vm.cfg", "place": "static_shm[0]", "line": 3}
+    rules = [error.facts["rule"] for error in errors_of(caught.value)]
+    assert rules == ["missing-key", "missing-key", "bad-name", "bad-uuid", "bad-memory"]
+    assert "; and 4 more: " in caught.value.message
+    place = {"file": "vm.cfg", "place": "static_shm[0]", "line": 3}
+    assert caught.value.facts == {"rule": "missing-key", **place}
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "what", "hint"),
+    [
+        (b"name='vm'\r\n", 1, "there is a carriage return", "Unix line ends"),
+        (b"name='vm'\n\0", 2, "there is a NUL byte", "remove it"),
+        (b"a=1\nname='\xff'\n", 2, "byte 0xff is not UTF-8", "save the file as UTF-8"),
+        (b"#" * (1 << 20) + b"\n", 0, "longer than 1048576 bytes", "cannot be a guest's"),
+    ],
+)
+def test_what_is_no_text_of_the_language(data: bytes, line: int, what: str, hint: str) -> None:
+    with pytest.raises(ConfigUnreadable) as caught:
+        guest_config(data, file="vm.cfg")
+    assert what in caught.value.message
+    assert hint in caught.value.hint
+    assert caught.value.facts["line"] == line
+
+
+def test_a_hundred_megabytes_are_refused_without_being_read() -> None:
+    data = b"static_shm=[]\n" * (100 << 16)
+    before = time.process_time()
+    with pytest.raises(ConfigUnreadable, match="longer than"):
+        guest_config(data, file="vm.cfg")
+    assert time.process_time() - before < 0.1
+
+
+def test_ten_thousand_entries_are_read_at_once() -> None:
+    entries = ",\n".join(
+        f"'id=r{index}, begin={0x1000000000 + index * 0x1000:#x}, size=0x1000, role=owner'"
+        for index in range(10_000)
+    )
+    before = time.process_time()
+    config = guest_config(f"name='vm'\ntype='pvh'\nstatic_shm=[{entries}]\n", file="vm.cfg")
+    assert len(config.requests) == 10_000
+    # 0.3 s; what is not proportional to their number would take minutes.
+    assert time.process_time() - before < 3
 
 
 def test_a_text_that_is_not_of_the_language() -> None:
@@ -172,3 +226,20 @@ def test_a_text_that_is_not_of_the_language() -> None:
 )  # fmt: skip
 def test_numbers_are_those_of_strtol(text: str, number: int | None) -> None:
     assert c_long(text) == number
+
+
+@pytest.mark.parametrize(("said", "reserve"), [("", True), ("reserve", True), ("leave", False)])
+def test_whether_the_memory_map_says_where_regions_are(said: str, reserve: bool) -> None:
+    line = f'static_shm_memory_map = "{said}"\n' if said else ""
+    text = f'name = "a"\n{line}static_shm = ["id=r, begin=0x1000000000, size=4096, role=owner"]\n'
+    assert guest_config(text, file="a.cfg").reserve is reserve
+
+
+def test_a_memory_map_wish_that_is_none() -> None:
+    text = (
+        'name = "a"\nstatic_shm_memory_map = "hide"\n'
+        'static_shm = ["id=r, begin=0x1000000000, size=4096, role=owner"]\n'
+    )
+    with pytest.raises(ConfigError, match="'hide' is not known") as caught:
+        guest_config(text, file="a.cfg")
+    assert caught.value.hint == "say reserve or leave"

@@ -101,7 +101,8 @@ def test_text_that_is_refused_with_its_line(
     assert caught.value.message.startswith(f"vm.cfg:{line}: ")
     assert what in caught.value.message
     assert hint in caught.value.hint
-    assert caught.value.facts == {"file": "vm.cfg", "line": line}
+    rule = "not-utf-8" if "UTF-8" in what else "not-xl"
+    assert caught.value.facts == {"file": "vm.cfg", "line": line, "rule": rule}
     assert caught.value.message.isprintable()
 
 
@@ -132,8 +133,9 @@ def test_text_of_a_list_or_an_absent_key_is_none() -> None:
 def test_size_limit() -> None:
     fits = "#" * (MAX_BYTES - 1) + "\n"
     assert len(parse(fits, "f")) == 0
-    with pytest.raises(ConfigUnreadable, match="longer than 1048576 bytes"):
+    with pytest.raises(ConfigUnreadable, match="longer than 1048576 bytes") as caught:
         parse(fits + "\n", "f")
+    assert caught.value.facts["rule"] == "too-long"
 
 
 def test_deepest_list_that_is_read() -> None:

@@ -102,13 +102,13 @@ def test_show(capsys: Captured) -> None:
     assert main(["show", "r0"]) == 0
     assert capsys.readouterr().out == (
         "r0\n"
-        "       Size: 1 MiB (256 frames)\n"
-        "   Lifetime: members (freed when its last member has ended)\n"
-        "      Owner: ctl\n"
-        "      Ready: yes\n"
-        "     Holder: domain 3, uuid 00000000-0000-0000-0000-000000000003, frames 0x100..0x1ff\n"
-        "    Members: ctl (domain 5, attached): owner rw at 0x38000000, frames 0x38000..0x380ff\n"
-        "             log (no domain, rebooting): borrower ro at 0x40000000, "
+        "    Size: 1 MiB (256 frames)\n"
+        "Lifetime: members (freed when its last member has ended)\n"
+        "   Owner: ctl\n"
+        "   Ready: yes\n"
+        "  Holder: domain 3, uuid 00000000-0000-0000-0000-000000000003, frames 0x100..0x1ff\n"
+        " Members: ctl (domain 5, attached): owner rw at 0x38000000, frames 0x38000..0x380ff\n"
+        "          log (no domain, rebooting): borrower ro at 0x40000000, "
         "frames 0x40000..0x40001, from the region's frame 0x1 on\n"
     )
 
@@ -242,19 +242,66 @@ def test_a_reader_who_has_enough_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+HEAVY = {"trio", "structlog", "cffi", "_cffi_backend", "pyxs", "asyncio", "inspect"}
+SLOW = HEAVY | {"argparse", "typing", "dataclasses", "socket", "pathlib", "subprocess", "gettext"}
+
+
 @pytest.mark.usefixtures("socket_path")
 @pytest.mark.parametrize(
-    "verb", [["list"], ["show", "r0"], ["doctor"], ["create", "-n", "/dev/null", "name='a'"]]
+    ("verb", "kept_out"),
+    [
+        (["list"], SLOW),
+        (["--json=short", "list", "--guests"], SLOW),
+        (["show", "r0"], SLOW),
+        (["status"], HEAVY),
+        (["doctor"], HEAVY),
+        (["monitor", "--timeout=0"], HEAVY),
+        (["create", "-n", "/dev/null", "name='a'"], HEAVY),
+    ],
 )
-def test_it_starts_fast_because_of_what_it_does_not_import(verb: list[str]) -> None:
+def test_it_starts_fast_because_of_what_it_does_not_import(
+    verb: list[str], kept_out: set[str]
+) -> None:
+    # Isolated, but for our own path: what a site brings with it is none of our doing.
     script = (
         "import sys\n"
+        f"sys.path.append({str(Path(args.__file__).parents[2])!r})\n"
         "from xshmd.ctl.__main__ import main\n"
-        "status = main(sys.argv[1:])\n"
-        "slow = {'trio', 'structlog', 'cffi', '_cffi_backend', 'pyxs', 'asyncio', 'inspect'}\n"
-        "print('LOADED', sorted(slow & set(sys.modules)))"
+        "main(sys.argv[1:])\n"
+        "print('LOADED', *sorted(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, *verb], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-S", "-c", script, *verb],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    loaded = set(done.stdout.rpartition("LOADED ")[2].split())
+    assert "xshmd.ctl.render" in loaded
+    assert loaded & kept_out == set(), done.stderr
+
+
+def test_the_command_ends_with_the_status_and_all_that_was_printed(socket_path: Path) -> None:
+    command = [sys.executable, "-m", "xshmd.ctl"]
+    done = subprocess.run([*command, "list"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "1 region listed.")
+    done = subprocess.run([*command, "lst"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("xshmctl: there is no verb lst\n")
+
+
+def test_an_error_does_not_swallow_what_was_printed_before_it() -> None:
+    script = (
+        "from xshmd.ctl import listing\n"
+        "from xshmd.ctl.__main__ import command\n"
+        "from xshmd.errors import Conflict\n"
+        "import sys\n"
+        "def run(options):\n"
+        "    print('before')\n"
+        "    raise Conflict('no')\n"
+        "listing.run = run\n"
+        "sys.argv[1:] = ['list']\n"
+        "command()"
     )
-    assert done.stdout.endswith("LOADED []\n"), done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (5, "before\n", "xshmctl: no\n")

@@ -8,17 +8,27 @@ import errno
 
 import pytest
 import trio
-from fakes.hypervisor import SimulatedXen
+from fakes.hypervisor import PLAIN_BAR, SimulatedXen
 from fakes.toolstack import XlFailed
 from fakes.world import world
 from trio.testing import MockClock
 
-from xshmd.engine.attach import Mapping, attach, check, mappings
+from xshmd.engine.attach import Mapping, attach, check, detach, mappings
 from xshmd.engine.holders import ANCHOR_GFN
 from xshmd.errors import Conflict, DomainGone, HypercallFailed, OutOfMemory, PartialMap, Refused
-from xshmd.model import Arch, Guest, GuestState, Holder, Region, RegionRequest, Role
+from xshmd.model import (
+    Arch,
+    Backing,
+    Guest,
+    GuestState,
+    Holder,
+    Region,
+    RegionRequest,
+    RegionTerms,
+    Role,
+)
 from xshmd.policy.identity import new_holder_uuid
-from xshmd.units import DomId, Gfn, bytes_of
+from xshmd.units import DomId, Gfn, Mfn, bytes_of
 
 UUID = "11111111-2222-4333-8444-555555555555"
 FIRST = Gfn(0x40200)
@@ -236,6 +246,104 @@ def test_a_failure_in_the_middle_leaves_nothing(host: Host, nth: int) -> None:
 
 
 # -- the same of holders --------------------------------------------------------------------------
+
+
+# -- host memory -----------------------------------------------------------------------------------
+
+BAR = PLAIN_BAR.first_mfn
+BAR_AT = Gfn(AT + 4)
+
+
+def of_host(region: Region, offset_frames: int = 2) -> tuple[Region, RegionRequest]:
+    """A region of the machine's own memory, and what a borrower wants of it."""
+    terms = RegionTerms(backing=Backing.HOST, host_first_mfn=BAR)
+    bar = dataclasses.replace(region, region_id="bar", nr_frames=8, terms=terms, owner="")
+    wish = RegionRequest(
+        region_id="bar", first_gfn=BAR_AT, nr_frames=4, role=Role.BORROWER,
+        offset_frames=offset_frames,
+    )  # fmt: skip
+    return bar, wish
+
+
+def of_both(host: Host) -> tuple[Mapping, ...]:
+    bar, wish = of_host(host.region)
+    guest = dataclasses.replace(host.guest, requests=(REQUEST, wish))
+    return mappings(guest, {"r": host.region, "bar": bar})
+
+
+def direct(host: Host) -> dict[int, int]:
+    return host.xen.by_domid[host.guest.domid].direct
+
+
+def test_host_memory_beside_the_holders(host: Host) -> None:
+    wanted = of_both(host)
+    check(host.xen, host.guest, wanted)
+    attach(host.xen, host.guest, host.holder, wanted, again=False)
+    assert direct(host) == {BAR_AT + index: BAR + 2 + index for index in range(4)}
+    assert set(host.xen.foreign_frames(host.guest.domid)) == set(range(AT, AT + 4))
+    assert host.xen.by_domid[host.guest.domid].iomem == set(range(BAR + 2, BAR + 6))
+
+
+def test_who_has_only_host_memory_gets_no_target(host: Host) -> None:
+    attach(host.xen, host.guest, host.holder, of_both(host)[1:], again=False)
+    assert len(direct(host)) == 4
+    host.untouched()
+
+
+@pytest.mark.parametrize("done", [0, 1, 4])
+def test_again_after_half_of_the_host_memory(host: Host, done: int) -> None:
+    host.xen.set_paging_pool_bytes(host.guest.domid, bytes_of(64))
+    if done:
+        host.xen.map_host_range(host.guest.domid, BAR_AT, Mfn(BAR + 2), done)
+    attach(host.xen, host.guest, host.holder, of_both(host), again=True)
+    assert len(direct(host)) == 4
+    assert host.xen.crashed == []
+
+
+def test_host_memory_that_cannot_be_mapped_takes_the_rest_with_it(host: Host) -> None:
+    host.xen.fail("map_host_range", errno.ENOMEM)
+    with pytest.raises(HypercallFailed):
+        attach(host.xen, host.guest, host.holder, of_both(host), again=False)
+    assert host.xen.foreign_frames(host.guest.domid) == {}
+    backwards = of_both(host)[::-1]
+    host.xen.fail("map_foreign", errno.ENOMEM)
+    with pytest.raises(HypercallFailed):
+        attach(host.xen, host.guest, host.holder, backwards, again=True)
+    assert direct(host) == {}
+    assert host.xen.by_domid[host.guest.domid].iomem == set()
+
+
+def test_host_memory_that_dom0_uses_is_not_given(host: Host) -> None:
+    used = dataclasses.replace(PLAIN_BAR, refusal="dom0's driver nvme uses it", hint="unbind it")
+    host.xen.host_memory = (used,)
+    with pytest.raises(Refused, match="dom0's driver nvme") as caught:
+        check(host.xen, host.guest, of_both(host))
+    assert caught.value.hint == "unbind it"
+
+
+def test_only_the_part_that_is_wanted_must_be_free(host: Host) -> None:
+    rest = dataclasses.replace(PLAIN_BAR, nr_frames=6)
+    host.xen.host_memory = (rest,)
+    check(host.xen, host.guest, of_both(host))
+    bar, wish = of_host(host.region, offset_frames=4)
+    guest = dataclasses.replace(host.guest, requests=(wish,))
+    with pytest.raises(Refused, match="nothing there is known"):
+        check(host.xen, guest, mappings(guest, {"bar": bar}))
+
+
+def test_either_kind_is_detached(host: Host) -> None:
+    wanted = of_both(host)
+    attach(host.xen, host.guest, host.holder, wanted, again=False)
+    bar, _ = of_host(host.region)
+    requests = [one.request for one in wanted]
+    detach(host.xen, host.guest, requests[1:], (host.region, bar))
+    assert direct(host) == {}
+    assert len(host.xen.foreign_frames(host.guest.domid)) == 4
+    detach(host.xen, host.guest, requests[:1], ())
+    assert host.xen.foreign_frames(host.guest.domid) == {}
+
+
+# -- through the whole engine ----------------------------------------------------------------------
 
 
 async def test_frames_whose_wiping_failed_are_given_back(autojump_clock: MockClock) -> None:

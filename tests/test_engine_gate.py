@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from xshmd.engine.gate import ROOT
 from xshmd.errors import ConfigError, Conflict, HypercallFailed, OutOfMemory, Refused, TimedOut
-from xshmd.model import Arch, GuestState
+from xshmd.model import Arch, GuestState, RegionRequest
 from xshmd.units import address_of, bytes_of
 
 
@@ -56,7 +56,8 @@ async def test_a_guest_finds_its_regions_in_xenstore(autojump_clock: MockClock) 
         node = f"/local/domain/{made.domid}/xshm/r"
         assert host.server.read(node) == (
             f"begin={address_of(request.first_gfn):#x} size={bytes_of(3):#x} "
-            "role=owner prot=rw transport=physmap"
+            "role=owner prot=rw transport=physmap offset=0x0 backing=holder cache=write-back "
+            "memory_map=reserved"
         )
         assert host.server.permissions(node) == ("n0", f"r{made.domid}")
         assert host.server.permissions("/xshmd/guests") == ("n0",)
@@ -497,3 +498,21 @@ async def test_an_unexpected_pause_count_is_no_end(autojump_clock: MockClock) ->
         made = await host.tools.create(host.config("a", host.request("r")))
         await host.until(lambda: host.running(made))
         assert host.missing(made.domid, made.config) == ""
+
+
+async def test_more_regions_than_a_record_names(autojump_clock: MockClock) -> None:
+    """Many is well; too many is refused, and so is nothing else held up by it."""
+    async with world() as host:
+        daemon = await host.start()
+
+        def several(count: int) -> list[RegionRequest]:
+            return [host.request(f"r{index}", 1, at=4 * index) for index in range(count)]
+
+        a = await host.tools.create(host.config("a", *several(60)))
+        assert len(host.xen.foreign_frames(a.domid)) == 60
+        await host.tools.end(a)
+        with pytest.raises(XlFailed):
+            await host.tools.create(host.config("a", *several(1000)))
+        with pytest.raises(Refused, match="1000 regions"):
+            await daemon.engine.wait_guest("a", 1)
+        await host.check_clean()

@@ -10,15 +10,21 @@ import pytest
 
 from xshmd.errors import ConfigError, Conflict, Refused, XshmError
 from xshmd.model import (
+    UNPLACED,
+    WHOLE_REGION,
     Arch,
+    CachePolicy,
     Guest,
     GuestConfig,
     GuestState,
     HostInfo,
+    Lifetime,
     Place,
     Prot,
     Region,
+    RegionConfig,
     RegionRequest,
+    RegionTerms,
     Role,
     Snapshot,
 )
@@ -56,9 +62,14 @@ def region(region_id: str, frames: int = 4, owner: str = "a") -> Region:
 
 
 def plan(
-    wanted: GuestConfig, snapshot: Snapshot | None = None, known: Sequence[GuestConfig] = ()
+    wanted: GuestConfig,
+    snapshot: Snapshot | None = None,
+    known: Sequence[GuestConfig] = (),
+    defined: Sequence[RegionConfig] = (),
 ) -> GuestPlan:
-    return plan_guest(wanted, host=HOST, snapshot=snapshot or Snapshot(), known=known)
+    return plan_guest(
+        wanted, host=HOST, snapshot=snapshot or Snapshot(), known=known, defined=defined
+    )
 
 
 def test_an_owner_makes_its_regions() -> None:
@@ -70,7 +81,7 @@ def test_an_owner_makes_its_regions() -> None:
         NewRegion(region_id="s", nr_frames=9, owner="a"),
     )
     assert found.requests == wanted.requests
-    assert found.config is wanted
+    assert found.config == wanted
 
 
 def test_a_borrower_first_makes_it_as_large_as_its_owner_says() -> None:
@@ -90,11 +101,27 @@ def test_an_owner_that_comes_second() -> None:
     assert found.new_regions == ()
 
 
-def test_a_region_asked_for_twice_is_made_once() -> None:
-    owner = config("a", entry("r", 9))
-    found = plan(config("b", borrow("r", 2), borrow("r", 2, at=64)), known=[owner])
-    assert len(found.new_regions) == 1
-    assert len(found.requests) == 2
+def test_a_systems_region_is_made_for_the_first_that_wants_it() -> None:
+    terms = RegionTerms(prot=Prot.RW)
+    defined = RegionConfig(region_id="r", nr_frames=9, terms=terms)
+    found = plan(config("b", borrow("r", 2)), defined=[defined])
+    assert found.new_regions == (
+        NewRegion(
+            region_id="r", nr_frames=9, owner="", lifetime=Lifetime.SYSTEM, terms=terms,
+            from_file=True,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lifetime", [None, Lifetime.OWNER, Lifetime.MEMBERS])
+def test_an_owners_terms_are_the_regions(lifetime: Lifetime | None) -> None:
+    wanted = dataclasses.replace(
+        entry("r"), cache_policy=CachePolicy.X86_NORMAL, terms=RegionTerms(lifetime=lifetime)
+    )
+    (new,) = plan(config("a", wanted)).new_regions
+    assert new.lifetime is (lifetime or Lifetime.OWNER)
+    assert new.terms.cache_policy is CachePolicy.X86_NORMAL
+    assert not new.from_file
 
 
 def test_its_own_file_is_not_another_guest() -> None:
@@ -159,3 +186,12 @@ def test_a_plan_changes_nothing_it_was_given() -> None:
     before = repr(snapshot)
     plan(config("b", borrow("r")), snapshot)
     assert repr(snapshot) == before
+
+
+def test_what_a_borrower_leaves_to_us_follows_from_a_region_that_only_exists() -> None:
+    open_request = dataclasses.replace(
+        borrow("r", offset=1), first_gfn=UNPLACED, nr_frames=WHOLE_REGION
+    )
+    found = plan(config("b", open_request), Snapshot(regions=(region("r", 4),)))
+    (request,) = found.requests
+    assert (request.nr_frames, request.first_gfn) == (3, 0x1000000)

@@ -268,8 +268,8 @@ async def test_request_ids_start_again_and_pass_over_those_in_flight(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.read, "/held")
         await wait_all_tasks_blocked()
-        assert store._link is not None
-        store._link._last_rq_id = 0xFFFF_FFFE
+        assert store.connection.link is not None
+        store.connection.link._last_rq_id = 0xFFFF_FFFE
         assert await store.read_many(["/a", "/a", "/a"]) == ("a", "a", "a")
         assert [request.rq_id for request in server.log] == [1, 0xFFFF_FFFF, 2, 3]
         server.answer_held()
@@ -535,13 +535,13 @@ async def test_reconnecting_backs_off_and_starts_afresh_once_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tries: list[float] = []
-    connect = store.connect
+    connect = store.connection.connect
 
     async def noted() -> trio.SocketStream:
         tries.append(trio.current_time())
         return await connect()
 
-    monkeypatch.setattr(store, "connect", noted)
+    monkeypatch.setattr(store.connection, "connect", noted)
 
     def waits() -> list[float]:
         return [round(b - a, 3) for a, b in zip([lost, *tries], tries, strict=False)]
@@ -655,8 +655,7 @@ async def test_leaving_a_watch_removes_it(server: FakeXenstored, store: XenStore
         assert await next_paths(events, 1) == ["/w"]
     assert server.connection.watches == []
     await wait_all_tasks_blocked()
-    assert store._nursery is not None
-    assert not store._nursery.child_tasks
+    assert store.connection.nr_tasks == 0
     with pytest.raises(trio.ClosedResourceError):
         await events.receive()
     server.connection.send_event("/w", "xshmd/1")  # a late one

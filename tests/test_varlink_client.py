@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import socket
 import subprocess
@@ -108,10 +109,11 @@ def test_a_path_too_long_for_any_socket() -> None:
 
 
 def test_not_allowed_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: socket.socket, address: str) -> None:
-        raise PermissionError(13, "Permission denied")
+    class Refusing(_socket.socket):
+        def connect(self, address: object) -> None:
+            raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("xshmd.varlink.client.socket.socket", Refusing)
     with pytest.raises(errors.DaemonUnreachable) as caught:
         Client("/run/x").call("Ping")
     assert caught.value.hint == "run it as root"
@@ -187,3 +189,28 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['xshmd']\n"
+
+
+def test_a_stream_yields_every_reply_and_then_ends(tmp_path: Path) -> None:
+    replies = b'{"parameters":{"a":1},"continues":true}\0{"parameters":{"a":2},"continues":true}\0'
+    with answering(tmp_path / "s", [replies + b"{}\0"]) as path, Client(path) as client:
+        assert list(client.stream("Monitor")) == [{"a": 1}, {"a": 2}, {}]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (b"", errors.DaemonUnreachable),
+        (b"nonsense\0", errors.DaemonUnreachable),
+        (b'{"error":"io.xshmd.Regions.Refused","parameters":{"message":"no"}}\0', errors.Refused),
+    ],
+)
+def test_a_stream_that_breaks_is_an_error(
+    tmp_path: Path, end: bytes, expected: type[errors.XshmError]
+) -> None:
+    first = b'{"parameters":{"a":1},"continues":true}\0'
+    with answering(tmp_path / "s", [first + end]) as path, Client(path) as client:
+        stream = client.stream("Monitor")
+        assert next(stream) == {"a": 1}
+        with pytest.raises(expected):
+            next(stream)

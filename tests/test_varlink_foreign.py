@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,55 @@ def test_it_calls_our_methods(foreign: Any) -> None:
         assert region["members"][1]["offsetFrames"] == 1
         assert regions.WaitGuest("ctl", 5)["guest"]["domainId"] == 5
         assert regions.DeclareGuest("a.cfg", 'name = "é"\n')["name"] == "é"
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "ListRegions": {},
+    "ShowRegion": {"id": "r0"},
+    "ListGuests": {},
+    "DeclareGuest": {"file": "a.cfg", "text": 'name = "a"\n'},
+    "WithdrawGuest": {"name": "a"},
+    "WaitGuest": {"name": "ctl", "timeoutSeconds": 5},
+    "AddRegion": {"region": {"id": "r9", "sizeBytes": 4096}, "dryRun": True},
+    "RemoveRegion": {"id": "r0", "force": True},
+    "Attach": {"guest": "ctl", "entries": [{"region": "r9", "firstFrame": 1, "frameCount": 1}]},
+    "Detach": {"guest": "ctl", "regions": ["r0"]},
+    "Apply": {"changes": [{"remove": {"region": "r0"}}]},
+    "Reload": {"dryRun": False},
+    "ReadRegion": {"id": "r0", "offsetBytes": 0, "byteCount": 16},
+    "WriteRegion": {"id": "r0", "offsetBytes": 0, "data": "eHNobQ=="},
+    "Status": {},
+    "GetHost": {},
+    "Ping": {},
+}
+STREAMS = {"Monitor"}
+CONTRACT = idl.load("io.xshmd.Regions")
+
+
+def test_no_method_is_forgotten_here() -> None:
+    assert CALLS.keys() | STREAMS == CONTRACT.methods.keys()
+
+
+def test_no_method_is_forgotten_by_the_scenarios_of_varlinkctl() -> None:
+    text = (Path(__file__).parents[1] / "integration/scenarios/test_varlink_foreign.py").read_text()
+    called = set(re.findall(r'\.(?:call|fails|words)\(\s*"(\w+)"', text))
+    assert called == CONTRACT.methods.keys()
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_it_calls_every_method(foreign: Any, method: str) -> None:
+    with foreign.open(CONTRACT.name) as regions:
+        reply = getattr(regions, method)(**CALLS[method])
+    CONTRACT.check(CONTRACT.methods[method].gives, reply)
+
+
+def test_it_monitors(foreign: Any) -> None:
+    with foreign.open(CONTRACT.name) as regions:
+        replies = list(regions.Monitor(timeoutSeconds=0, _more=True))
+    for reply in replies:
+        CONTRACT.check(CONTRACT.methods["Monitor"].gives, reply)
+    assert [bool(reply) for reply in replies] == [True, False]
+    assert replies[0]["state"]["regions"][0]["id"] == "r0"
 
 
 def test_it_understands_our_errors(foreign: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import re
+import typing
 from typing import Any
 
 import pytest
@@ -81,12 +82,28 @@ def test_every_member_and_every_field_has_a_comment(name: str) -> None:
         ("Role", model.Role),
         ("Prot", model.Prot),
         ("Lifetime", model.Lifetime),
+        ("CachePolicy", model.CachePolicy),
+        ("Backing", model.Backing),
+        ("Transport", model.Transport),
+        ("Isolation", model.Isolation),
+        ("ProtEnforcement", model.ProtEnforcement),
         ("GuestState", model.GuestState),
         ("Verdict", Verdict),
     ],
 )
 def test_its_enumerations_are_the_models(name: str, words: type[enum.StrEnum]) -> None:
     assert CONTRACT.types[name] == idl.Enumeration(tuple(word.value for word in words))
+
+
+def test_it_knows_every_kind_of_event() -> None:
+    kinds = tuple(kind.value.replace("-", "_") for kind in model.EventKind)
+    assert CONTRACT.types["EventKind"] == idl.Enumeration(kinds)
+
+
+def test_the_union_of_changes_is_the_models() -> None:
+    change = CONTRACT.types["Change"]
+    assert isinstance(change, idl.Struct)
+    assert len(change.fields) == len(typing.get_args(model.Change))
 
 
 GRAMMAR = """

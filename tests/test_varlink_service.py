@@ -84,6 +84,16 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
                 "offsetFrames": 1,
             },
         ],
+        "terms": {
+            "prot": "rw",
+            "cachePolicy": None,
+            "lifetime": None,
+            "backing": "holder",
+            "hostFirstFrame": None,
+            "transport": "physmap",
+            "isolation": None,
+            "protEnforcement": "required",
+        },
     }
 
 

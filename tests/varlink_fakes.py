@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -15,6 +16,8 @@ from xshmd.daemon import service
 from xshmd.errors import XshmError
 from xshmd.model import (
     Arch,
+    Change,
+    Event,
     Guest,
     GuestConfig,
     GuestState,
@@ -25,6 +28,7 @@ from xshmd.model import (
     RegionRequest,
     Role,
     Snapshot,
+    Step,
 )
 from xshmd.ports import RegionsApi
 from xshmd.units import DomId, Gfn
@@ -104,14 +108,29 @@ class FakeRegions(RegionsApi):
         self.waited: list[tuple[str, float]] = []
         self.waiting = trio.Event()
         self.wait_cancelled = trio.Event()
+        self.steps: tuple[Step, ...] = ()
+        """What apply and reload return."""
+        self.applied: list[tuple[tuple[Change, ...], bool]] = []
+        """The changes and dry_run of every apply."""
+        self.reloaded: list[bool] = []
+        """dry_run of every reload."""
+        self.monitors: list[trio.MemorySendChannel[Event]] = []
+        """One for each monitor that runs: send what happens, close it to end it."""
+        self.to_come: list[list[Event]] = []
+        """What each monitor receives at once; all but the last list end as for a slow reader."""
+        self.figures: dict[str, int] = {"regions": 1, "guests": 2}
+        self.memory = bytearray(SNAPSHOT.regions[0].size_bytes)
+        """The bytes of region r0."""
+        self.written: list[tuple[str, int, bytes, bool]] = []
 
     def snapshot(self) -> Snapshot:
         return self.now
 
-    async def declare(self, config: GuestConfig) -> None:
+    async def declare(self, config: GuestConfig) -> GuestConfig:
         if self.refusal is not None:
             raise self.refusal
         self.declared.append(config)
+        return config
 
     async def withdraw(self, name: str) -> None:
         self.withdrawn.append(name)
@@ -132,6 +151,50 @@ class FakeRegions(RegionsApi):
 
     async def host(self) -> HostInfo:
         return HOST
+
+    async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
+        self.applied.append((tuple(changes), dry_run))
+        if self.refusal is not None:
+            raise self.refusal
+        return self.steps
+
+    async def reload(self, *, dry_run: bool = False) -> tuple[Step, ...]:
+        self.reloaded.append(dry_run)
+        if self.refusal is not None:
+            raise self.refusal
+        return self.steps
+
+    @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:
+        send, receive = trio.open_memory_channel[Event](8)
+        self.monitors.append(send)
+        if self.to_come:
+            for event in self.to_come.pop(0):
+                send.send_nowait(event)
+            if self.to_come:
+                send.close()
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            self.monitors.remove(send)
+
+    async def read_region(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
+        if self.refusal is not None:
+            raise self.refusal
+        return bytes(self.memory[offset_bytes : offset_bytes + nr_bytes])
+
+    async def write_region(
+        self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
+    ) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.written.append((region_id, offset_bytes, data, dry_run))
+        if not dry_run:
+            self.memory[offset_bytes : offset_bytes + len(data)] = data
+
+    def statistics(self) -> Mapping[str, int]:
+        return self.figures
 
 
 def limits() -> Limits:

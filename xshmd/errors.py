@@ -8,8 +8,11 @@ traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import ClassVar
 
 Fact = str | int | bool
 

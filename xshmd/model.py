@@ -11,10 +11,14 @@ import dataclasses
 import enum
 from typing import Final
 
-from xshmd.units import PAGE_SIZE, DomId, Gfn, bytes_of
+from xshmd.units import PAGE_SIZE, DomId, Gfn, Mfn, bytes_of
 
 MAX_REGION_ID_LENGTH: Final = 128
 """The longest id, as in the 2018 xl series (a dom0less device tree holds only 15 characters)."""
+
+
+DOMAIN_0: Final = "Domain-0"
+"""What xl and xenstore call the control domain, which may be a member as a guest is."""
 
 
 class Role(enum.StrEnum):
@@ -56,10 +60,52 @@ class GuestType(enum.StrEnum):
 class Lifetime(enum.StrEnum):
     """What ends a region."""
 
+    OWNER = "owner"
+    """It ends with its owner: it is withdrawn from the borrowers, each paused meanwhile, and freed.
+    A reboot is not an end.  The default of a region with an owner (second source mail, section on
+    owners that stop)."""
     MEMBERS = "members"
     """It is freed when its last member has ended; a reboot is not an end."""
     SYSTEM = "system"
-    """It stays until an administrator removes it."""
+    """It stays until an administrator removes it.  The default of a region without an owner."""
+
+
+class Backing(enum.StrEnum):
+    """Whose memory a region is."""
+
+    HOLDER = "holder"
+    """Fresh pages of a holder of ours."""
+    HOST = "host"
+    """A host-physical range kept out of Xen's allocator: a reserved carve-out or a device BAR."""
+
+
+class Transport(enum.StrEnum):
+    """Who maps a region into a guest."""
+
+    PHYSMAP = "physmap"
+    """xshmd does, before the guest's first instruction; the guest needs nothing."""
+    GRANT = "grant"
+    """The guest does, from grant references; Xen then enforces read-only."""
+
+
+class Isolation(enum.StrEnum):
+    """From whom a region is protected."""
+
+    GROUP = "group"
+    """The members of a share group trust each other with all of its regions."""
+    SEALED = "sealed"
+    """Nobody maps anything by himself: the holder's p2m is empty while a member runs."""
+    REGION = "region"
+    """Only its own members reach it; needs the grant transport."""
+
+
+class ProtEnforcement(enum.StrEnum):
+    """What becomes of a protection that Xen cannot enforce."""
+
+    REQUIRED = "required"
+    """It is refused."""
+    ADVISORY = "advisory"
+    """The configuration's author knows that it binds nobody."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +127,51 @@ class Place:
 NOWHERE: Final = Place(file="")
 
 
+UNPLACED: Final = Gfn(-1)
+"""In a request: no frame was said, :mod:`xshmd.policy.placement` is to choose one."""
+WHOLE_REGION: Final = 0
+"""In a borrower's request: no size was said, it wants the region from its offset to its end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RegionTerms:
+    """What a region's definition says beyond its size; None where it leaves the choice to us."""
+
+    prot: Prot = Prot.RW
+    """The most that any member may have."""
+    cache_policy: CachePolicy | None = None
+    """None is the architecture's own."""
+    lifetime: Lifetime | None = None
+    """None: OWNER where there is one, else SYSTEM."""
+    backing: Backing = Backing.HOLDER
+    host_first_mfn: int | None = None
+    """First machine frame, for the host backing alone."""
+    transport: Transport = Transport.PHYSMAP
+    isolation: Isolation | None = None
+    """None: GROUP where that loses nothing."""
+    prot_enforcement: ProtEnforcement = ProtEnforcement.REQUIRED
+
+
+USUAL_TERMS: Final = RegionTerms()
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RegionRequest:
     """One entry of a guest's ``static_shm``: this guest wants that region at this frame."""
 
     region_id: str
     first_gfn: Gfn
-    """First frame of the guest at which the region appears."""
+    """First frame of the guest at which the region appears; UNPLACED until it is chosen."""
     nr_frames: int
-    """How many frames of the region this guest wants."""
+    """How many frames of the region this guest wants; WHOLE_REGION until that is known."""
     role: Role
     prot: Prot = Prot.RW
     offset_frames: int = 0
     """First frame *of the region* that this guest sees; only borrowers may say other than 0."""
     cache_policy: CachePolicy | None = None
     """Only an owner says it; None is the architecture's own."""
+    terms: RegionTerms = USUAL_TERMS
+    """Only an owner's count; its prot and cache_policy are those of the entry itself."""
     place: Place = NOWHERE
 
     @property
@@ -121,8 +197,40 @@ class GuestConfig:
     hap: bool = True
     altp2m: bool = False
     nestedhvm: bool = False
+    reserve: bool = True
+    """Whether its own memory map is to say where its regions are; only x86 guests have one."""
     requests: tuple[RegionRequest, ...] = ()
     place: Place = NOWHERE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RegionConfig:
+    """A region that a configuration defines apart from any guest: it belongs to the system."""
+
+    region_id: str
+    nr_frames: int
+    terms: RegionTerms = USUAL_TERMS
+    place: Place = NOWHERE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EventChannel:
+    """One end of a static event channel (dom0less ``xen,evtchn-v1``): read and reported only."""
+
+    guest: str
+    local_port: int
+    peer_guest: str
+    peer_port: int
+    place: Place = NOWHERE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Declarations:
+    """Everything that some configuration files say, in the order they say it."""
+
+    regions: tuple[RegionConfig, ...] = ()
+    guests: tuple[GuestConfig, ...] = ()
+    event_channels: tuple[EventChannel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +256,12 @@ class Region:
     lifetime: Lifetime = Lifetime.MEMBERS
     owner: str = ""
     """Name of the guest whose configuration says ``role=owner``; empty: it is the system's."""
+    owner_came: bool = False
+    """Whether the owner has had it yet: one that is still to come is not gone."""
+    terms: RegionTerms = USUAL_TERMS
+    from_file: bool = False
+    """Whether a configuration file defines it apart from any guest: then it goes when no file does
+    any more."""
     ready: bool = False
     """False while the frames are being populated and zeroed; an unready one is undone at start."""
 
@@ -187,6 +301,10 @@ class Guest:
     holder_uuid: str = ""
     """The holder that is, or is about to be, its target.  Once set never another."""
     requests: tuple[RegionRequest, ...] = ()
+    reserve: bool = True
+    """Whether its own memory map is to say where its regions are."""
+    reserved: tuple[tuple[Gfn, int], ...] = ()
+    """First frame and number of frames of the ranges reserved for regions in its memory map."""
     ended_at: float = 0.0
     """Seconds since the epoch at which a REBOOTING guest's domain ended; 0 otherwise."""
     failure: str = ""
@@ -237,6 +355,148 @@ class HostInfo:
     @property
     def free_bytes(self) -> int:
         return self.free_pages * PAGE_SIZE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostRange:
+    """A range of the machine's own frames of which dom0 knows what it is."""
+
+    first_mfn: Mfn
+    nr_frames: int
+    name: str
+    """What it is, for people, e.g. ``memory 2 of PCI device 0000:00:04.0``."""
+    refusal: str = ""
+    """Why no guest may have it; empty: it is memory kept apart that a region may lie in."""
+    hint: str = ""
+    """What an admin can do about the refusal."""
+
+    @property
+    def end_mfn(self) -> int:
+        """The first frame after it."""
+        return self.first_mfn + self.nr_frames
+
+
+class MemoryKind(enum.IntEnum):
+    """What an entry of an x86 memory map is: types of ACPI's E820, and those of Xen's PVH ABI."""
+
+    RAM = 1
+    RESERVED = 2
+    ACPI = 3
+    NVS = 4
+    UNUSABLE = 5
+    DISABLED = 6
+    PERSISTENT = 7
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryRange:
+    """One entry of an x86 memory map, in bytes."""
+
+    address: int
+    size_bytes: int
+    kind: int
+    """A :class:`MemoryKind`, or whatever else stood there."""
+
+    @property
+    def end(self) -> int:
+        """The first address after it."""
+        return self.address + self.size_bytes
+
+
+class MapChange(enum.StrEnum):
+    """Whether a guest's own memory map says where its regions are."""
+
+    RESERVED = "reserved"
+    """They are reserved ranges of it: an operating system leaves them alone."""
+    UNCHANGED = "unchanged"
+    """It says nothing of them."""
+
+
+class EventKind(enum.StrEnum):
+    """What may happen to regions and guests; each has a MESSAGE_ID in the journal."""
+
+    REGION_CREATED = "region-created"
+    REGION_REMOVED = "region-removed"
+    PEER_JOINED = "peer-joined"
+    """A guest was given a region's memory."""
+    PEER_LEFT = "peer-left"
+    """A region's memory was withdrawn from a guest, or the guest ended."""
+    GUEST_REFUSED = "guest-refused"
+    GUEST_AWAITED = "guest-awaited"
+    """Its domain ended by itself; its regions wait for the next."""
+    HOLDER_CREATED = "holder-created"
+    HOLDER_DESTROYED = "holder-destroyed"
+    HOLDER_LOST = "holder-lost"
+    """Somebody else destroyed it: its regions are lost."""
+    RELOADED = "reloaded"
+    """The configuration was read again; what changed comes as events of its own before."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened, with who, what and why: the source of audit, metrics, Monitor."""
+
+    kind: EventKind
+    region: str = ""
+    guest: str = ""
+    domid: DomId | None = None
+    holder_uuid: str = ""
+    request: RegionRequest | None = None
+    """For PEER_JOINED and PEER_LEFT: the guest's part in the region."""
+    size_bytes: int = 0
+    """How much memory was granted, withdrawn, made or freed."""
+    reason: str = ""
+    """Why, in a few words, e.g. ``guest created``, ``admin``, ``owner gone``, ``reload``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AddRegion:
+    """A change: make this region, which belongs to the system."""
+
+    config: RegionConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveRegion:
+    """A change: free this region."""
+
+    region_id: str
+    force: bool = False
+    """Withdraw it from its members first; otherwise it is refused while it has any."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttachRegion:
+    """A change: give a running guest a region."""
+
+    guest: str
+    """Its name, or its domid in decimal."""
+    request: RegionRequest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DetachRegion:
+    """A change: withdraw a region from a running guest."""
+
+    guest: str
+    """Its name, or its domid in decimal."""
+    region_id: str
+
+
+Change = AddRegion | RemoveRegion | AttachRegion | DetachRegion
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a plan, for people and programs; the plan is carried out in this order."""
+
+    verb: str
+    """``create``, ``attach``, ``detach`` or ``remove``."""
+    region: str
+    guest: str = ""
+    domid: DomId | None = None
+    text: str = ""
+    """The step in words, e.g. ``pause ctl and map 1 MiB of r0 at 0x3a000000``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

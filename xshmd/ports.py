@@ -8,16 +8,32 @@ them for tests.  Nothing here knows cffi, sockets or paths of this machine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import trio
 
-from xshmd.model import DomainInfo, Guest, GuestConfig, HostInfo, Snapshot
-from xshmd.units import DomId, Gfn
+from xshmd.model import (
+    Change,
+    Declarations,
+    DomainInfo,
+    Event,
+    Guest,
+    GuestConfig,
+    HostInfo,
+    HostRange,
+    MemoryRange,
+    RegionConfig,
+    Snapshot,
+    Step,
+)
+from xshmd.units import DomId, Gfn, Mfn
 
 T = TypeVar("T")
+
+MAX_ACCESS_BYTES: Final = 64 * 1024
+"""How much of a region a client may read or write at a time: the daemon's loop waits meanwhile."""
 
 
 class PageMap(Protocol):
@@ -111,6 +127,40 @@ class Hypervisor(Protocol):
         self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
     ) -> PageMap: ...
 
+    def host_ranges(self) -> tuple[HostRange, ...]:
+        """Return which of the machine's frames dom0 knows to be no one's RAM, and what they are.
+
+        :func:`xshmd.policy.host_ranges.why_not_shareable` decides on them.
+        """
+        ...
+
+    def map_host_range(self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int) -> None:
+        """Permit the guest these machine frames and map them, all of them or (on error) none.
+
+        Xen takes no reference on them and knows no owner; they are mapped uncached (x86: a guest's
+        PAT may make that write-combining) or as device memory (Arm).  Nothing may be mapped there:
+        x86 crashes a guest for it.
+        """
+        ...
+
+    def unmap_host_range(
+        self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int
+    ) -> None:
+        """Remove the frames, as far as they are mapped there, and withdraw the permission."""
+        ...
+
+    def entry_register(self, domid: DomId) -> int | None:
+        """Return what an x86 vCPU 0 will find in rbx; None if it is not to run, and on Arm.
+
+        Before its first instruction that is the address of its start info
+        (xen/include/public/arch-x86/hvm/start_info.h).
+        """
+        ...
+
+    def set_memory_map(self, domid: DomId, ranges: Sequence[MemoryRange]) -> None:
+        """Replace the map that an x86 guest is given by XENMEM_memory_map; Arm has none: ENOSYS."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WatchEvent:
@@ -140,8 +190,10 @@ class Store(StoreTransaction, Protocol):
     does nothing.  Values are text.
     """
 
-    messages_sent: int
-    """How many requests went over the wire since the start: a published figure."""
+    @property
+    def messages_sent(self) -> int:
+        """How many requests went over the wire since the start: a published figure."""
+        ...
 
     async def read_many(self, paths: Sequence[str]) -> tuple[str | None, ...]:
         """Read several nodes in one go (pipelined); same order as ``paths``."""
@@ -185,8 +237,28 @@ class ConfigFinder(Protocol):
         """
         ...
 
+    def complete(self, config: GuestConfig) -> GuestConfig:
+        """Return a configuration from elsewhere with what files of ours add, and placed.
+
+        Raises:
+            ConfigError, Conflict: what they say together is wrong.
+        """
+        ...
+
     def known(self) -> tuple[GuestConfig, ...]:
         """Return every readable configuration with shared memory in the usual places."""
+        ...
+
+    def regions(self) -> tuple[RegionConfig, ...]:
+        """Return every region that a readable file in the usual places defines for the system."""
+        ...
+
+    def declarations(self) -> Declarations:
+        """Read all files of ours anew, and return what they say.
+
+        Raises:
+            ConfigError, ConfigUnreadable: any of them is wrong; all that is wrong with all of them.
+        """
         ...
 
 
@@ -215,8 +287,11 @@ class RegionsApi(Protocol):
 
     def snapshot(self) -> Snapshot: ...
 
-    async def declare(self, config: GuestConfig) -> None:
+    async def declare(self, config: GuestConfig) -> GuestConfig:
         """Check this configuration and use it for the next domain of its name.
+
+        Returns:
+            The configuration with what files of ours add to it, and all of it placed.
 
         Raises:
             ConfigError, Refused, Conflict, OutOfMemory: it cannot be given; nothing is kept.
@@ -237,3 +312,77 @@ class RegionsApi(Protocol):
         ...
 
     async def host(self) -> HostInfo: ...
+
+    async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
+        """Carry out all of the changes, or none of them, on guests that run.
+
+        Each guest is paused while its memory changes.  What is made comes first and what is taken
+        away last, so that nothing need be put back if a step fails.
+
+        Args:
+            changes: What to do; their order does not matter.
+            dry_run: Check everything, do nothing.
+
+        Returns:
+            The steps, as they were or would be taken.
+
+        Raises:
+            NoSuchGuest, NoSuchRegion, ConfigError, Refused, Conflict, OutOfMemory: it cannot be
+                done; nothing is.
+        """
+        ...
+
+    async def reload(self, *, dry_run: bool = False) -> tuple[Step, ...]:
+        """Read the configuration files again, and :meth:`apply` what differs from what exists.
+
+        Raises:
+            ConfigError, ConfigUnreadable, ...: a file is wrong or a change cannot be made; nothing
+                is done.
+        """
+        ...
+
+    async def read_region(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
+        """Return some bytes of a region, as its members see them at this moment.
+
+        Args:
+            region_id: The region.
+            offset_bytes: Where in the region to begin.
+            nr_bytes: How many: 1 to :data:`MAX_ACCESS_BYTES`.
+
+        Raises:
+            UsageError: the bytes are not all in the region, or too many at a time.
+            NoSuchRegion, Conflict, Refused: it is not there, not ready or not readable this way.
+        """
+        ...
+
+    async def write_region(
+        self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
+    ) -> None:
+        """Write bytes into a region while its members run; they see them at once.
+
+        Args:
+            region_id: The region.
+            offset_bytes: Where in the region to begin.
+            data: 1 to :data:`MAX_ACCESS_BYTES` bytes.
+            dry_run: Check everything, write nothing.
+
+        Raises:
+            UsageError: the bytes would not all be in the region, or are too many at a time.
+            NoSuchRegion, Conflict, Refused: it is not there, not ready or not writable this way.
+        """
+        ...
+
+    def monitor(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Event]]:
+        """Receive every event from now on.
+
+        The channel ends when its reader is so slow that events had to be dropped: take a new
+        snapshot and monitor again.
+        """
+        ...
+
+    def statistics(self) -> Mapping[str, int]:
+        """Return counters since the daemon's start, by name; names are part of the contract.
+
+        ``last_reload_at`` is in seconds since the epoch, and 0 if there was no reload.
+        """
+        ...

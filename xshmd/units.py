@@ -7,12 +7,23 @@ indexed by, an *mfn* is a machine frame.  Only this module converts between byte
 
 from __future__ import annotations
 
-from typing import Final, NewType
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, NewType
+else:
+
+    def NewType(_name: str, kind: type) -> type:
+        """Return the type itself: only those who check types tell the two apart."""
+        return kind
+
 
 DomId = NewType("DomId", int)
 """A domain's number; Xen uses it again after the domain is gone, so it is never an identity."""
 Gfn = NewType("Gfn", int)
 """Guest frame number: index of a 4 KiB frame in a domain's physical address space."""
+Mfn = NewType("Mfn", int)
+"""Machine frame number: index of a 4 KiB frame of the machine's own physical address space."""
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT

@@ -115,14 +115,14 @@ def instrument(log: Log) -> None:
                 continue
             label = f"{class_name}.{name}" if class_name else name
             setattr(owner, name, stepped(log, label, function))
-    store: Any = importlib.import_module("xshmd.xen.store")
-    enqueue = store._Link.enqueue
+    link: Any = importlib.import_module("xshmd.xen.store_link").Link
+    enqueue = link.enqueue
 
     def counted(self: Any, reply: Any, payload: bytes, tx_id: int = 0) -> None:
         log.say("message", reply.op.name, reply.path, current.get())
         enqueue(self, reply, payload, tx_id)
 
-    store._Link.enqueue = counted
+    link.enqueue = counted
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 STORE_SOCKET = "/run/xenstored/socket"
 DIRECTORY, READ, ERROR, IS_INTRODUCED = 1, 2, 16, 17
-KILL_LIMIT_S = 60.0
+KILL_LIMIT_S = 150.0
 
 
 class XenStore:
@@ -64,7 +64,8 @@ class XenStore:
         return [json.loads(text) for text in texts if text]
 
 
-# The moments of a guest's way through the gate, as the daemon's own journal shows them.
+# The moments of a guest's way through the gate, and of a set of changes to guests, as the daemon's
+# own journal shows them.
 MOMENTS: dict[str, Callable[[XenStore], bool]] = {
     "held": lambda store: bool(store.children("/xshmd/guests")),
     "holder": lambda store: any(h["domid"] >= 0 for h in store.documents("/xshmd/holders")),
@@ -73,6 +74,12 @@ MOMENTS: dict[str, Callable[[XenStore], bool]] = {
     ),
     "populating": lambda store: bool(store.children("/xshmd/regions")),
     "populated": lambda store: any(r["ready"] for r in store.documents("/xshmd/regions")),
+    "changing": lambda store: bool(store.children("/xshmd/changes")),
+    "changing-maps": lambda store: any(
+        part["mapping"]
+        for change in store.children("/xshmd/changes")
+        for part in store.documents(f"/xshmd/changes/{change}")
+    ),
     "published": lambda store: any(
         store.children(f"/local/domain/{guest['domid']}/xshm")
         for guest in store.documents("/xshmd/guests")

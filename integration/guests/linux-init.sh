@@ -29,20 +29,24 @@ for word in $(cat /proc/cmdline); do
   esac
 done
 : "${peer_slot:=$((slot ^ 1))}"
-at=${shm%%,*} size=4096
-case $shm in *,*) size=${shm#*,} ;; esac
-pages=$((size / 4096))
 
 say() { echo "$name: $*"; }
 
 # Where a word is: in a slot of page 0, and in any page; offsets as in region.h.
 slot_at() { where=$((at + 128 + 64 * $1 + $2)); }
-slot_at "$slot" 0; boots=$where
-slot_at "$slot" 8; my_ping=$where
-slot_at "$slot" 12; my_talk=$where
-slot_at "$peer_slot" 8; their_ping=$where
-slot_at "$peer_slot" 12; their_talk=$where
-filled=$((at + 64)) filled_value=$(((0x5853484d << 32) + seed))
+use_region() {
+  at=$1 size=$2
+  pages=$((size / 4096))
+  slot_at "$slot" 0; boots=$where
+  slot_at "$slot" 8; my_ping=$where
+  slot_at "$slot" 12; my_talk=$where
+  slot_at "$peer_slot" 8; their_ping=$where
+  slot_at "$peer_slot" 12; their_talk=$where
+  filled=$((at + 64)) filled_value=$(((0x5853484d << 32) + seed))
+}
+at=${shm%%,*} size=4096
+case $shm in *,*) size=${shm#*,} ;; esac
+use_region "${at:-0}" "$size"
 
 # Every process costs milliseconds under emulation, so these set a variable where others would print.
 get() { value=$(($(devmem "$1" "${2:-32}"))); }
@@ -120,6 +124,54 @@ pong() {
   say "pong rounds=$ticks last=$next"
 }
 
+# How a guest that was told nothing finds its region: each way says what it found, and uses it.
+found() {
+  shm=$(printf '0x%x,0x%x' "$(($2))" "$(($3))")
+  use_region "${shm%,*}" "${shm#*,}"
+  say "found by=$1 shm=$shm"
+}
+
+# ask TYPE PATH: one request to xenstored (xs_wire.h), below the guest's own directory.
+z='\0000'
+zero=$z$z$z$z
+ask() {
+  length=$(printf '%03o' $((${#2} + 1)))
+  printf '%b' "\\000$1$z$z$z$zero$zero\\0$length$z$z$z$2$z" >&3
+  answer=$(dd bs=4096 count=1 <&3 2>/dev/null | tail -c +17 | tr '\000' ' ')
+}
+
+find_by_xenstore() {
+  exec 3<>/dev/xen/xenbus
+  ask 1 xshm
+  for region in $answer; do
+    ask 2 "xshm/$region"
+    say "node $region: $answer"
+    for word in $answer; do
+      case $word in begin=*) begin=${word#*=} ;; size=*) bytes=${word#*=} ;; esac
+    done
+  done
+  found xenstore "$begin" "$bytes"
+}
+
+# The highest reserved range of the memory map, if there is one above 4 GiB. Not by /proc/iomem:
+# Linux enters reserved ranges there only where it finds PCI.
+find_by_memory_map() {
+  range=$(dmesg | sed -n 's/.*\[mem 0x\([0-9a-f]*\)-0x\([0-9a-f]*\)\] reserved.*/\1 \2/p' |
+    grep -v '^00000000' | tail -n 1)
+  if [ -z "$range" ]; then say "nothing reserved above 4 GiB"; return; fi
+  begin=0x${range% *} end=0x${range#* }
+  found memory-map "$begin" $((end + 1 - begin))
+}
+
+find_by_devicetree() {
+  for node in /proc/device-tree/passthrough/*@*; do
+    [ "$(tr '\000' ' ' < "$node/compatible")" = "xen,shared-memory-v1 " ] || continue
+    say "node $(tr '\000' ' ' < "$node/xen,id")"
+    reg=$(hexdump -v -e '1/1 "%02x"' "$node/reg")
+    found devicetree "0x$(echo "$reg" | cut -c1-16)" "0x$(echo "$reg" | cut -c17-32)"
+  done
+}
+
 # every_second [write] [read]: what a human watches.
 every_second() {
   while :; do
@@ -150,6 +202,9 @@ verb() {
     poweroff|reboot) leave "$1"; return ;;
     stay) while :; do sleep 3600; done ;;
     shell) setsid cttyhack sh; return ;;
+    find-xenstore) find_by_xenstore; return ;;
+    find-memory-map) find_by_memory_map; return ;;
+    find-devicetree) find_by_devicetree; return ;;
   esac
   [ "$shm" ] || { say "error: no region for: $1"; return; }
   case $1 in

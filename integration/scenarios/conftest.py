@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +17,7 @@ from integration.scenarios.guest import MIB, Entry
 from integration.scenarios.host import CONFIGS, ETC, Host, artefacts
 
 DEFAULT_ARCHES = ("arm64", "x86_64")
-SESSION_LIMIT_S = 1800
+SESSION_LIMIT_S = 3600
 CONFIG_FOLDERS = f"{CONFIGS} {ETC} /etc/xshmd/guests.d"
 
 
@@ -23,21 +26,72 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--arch", action="append", choices=tuple(ARCHES), default=None,
         help="the architecture to boot; may be given twice (default: both)",
     )  # fmt: skip
+    parser.addoption(
+        "--xenstored", choices=("xenstored", "oxenstored"), default="xenstored",
+        help="the store to run, except where a scenario boots a machine of its own",
+    )  # fmt: skip
+    parser.addoption(
+        "--share", metavar="K/N", type=_share, default=(1, 1),
+        help="run the K-th of N shares of the scenarios: each is a run of its own, side by side",
+    )  # fmt: skip
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    share = int(number), int(total)
+    if not 1 <= share[0] <= share[1]:
+        raise ValueError(f"there is no share {text}")
+    return share
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "arch" not in metafunc.fixturenames:
-        return
-    chosen = metafunc.config.getoption("--arch") or DEFAULT_ARCHES
-    only = {mark.args[0] for mark in metafunc.definition.iter_markers("arch")}
-    arches = [arch for arch in DEFAULT_ARCHES if arch in chosen and (not only or arch in only)]
-    metafunc.parametrize("arch", arches, scope="session")
+    if "arch" in metafunc.fixturenames:
+        metafunc.parametrize("arch", DEFAULT_ARCHES, scope="session")
+
+
+@pytest.hookimpl(trylast=True)  # when -m and -k have had their say
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out other architectures' scenarios and other shares': nothing is ever skipped."""
+    chosen = config.getoption("--arch") or DEFAULT_ARCHES
+    ours = [item for item in items if _is_for(item, chosen)]
+    modules = _share_of(ours, *config.getoption("--share"))
+    ours = [item for item in ours if item.path in modules]
+    kept = set(ours)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = ours
+
+
+def _is_for(item: pytest.Item, arches: Sequence[str]) -> bool:
+    call = getattr(item, "callspec", None)
+    if call is None or "arch" not in call.params:
+        return True
+    only = {mark.args[0] for mark in item.iter_markers("arch")} or {call.params["arch"]}
+    return call.params["arch"] in only.intersection(arches)
+
+
+def _share_of(items: Sequence[pytest.Item], number: int, total: int) -> set[Path]:
+    """The modules of one share, which together take about as long as those of any other."""
+    sizes: Counter[Path] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("counts_as")
+        sizes[item.path] += mark.args[0] if mark else 1
+    shares = [(0, which, set[Path]()) for which in range(1, total + 1)]
+    for path, size in sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0])):
+        load, which, modules = heapq.heappop(shares)
+        heapq.heappush(shares, (load + size, which, modules | {path}))
+    return next(modules for _, which, modules in shares if which == number)
 
 
 @pytest.fixture(scope="session")
-def host(arch: str) -> Iterator[Host]:
+def host(arch: str, pytestconfig: pytest.Config) -> Iterator[Host]:
     """The machine, with a daemon that has seen guests come and go."""
-    with Machine(arch, artefacts=artefacts(arch), time_limit_s=SESSION_LIMIT_S) as machine:
+    xenstored = pytestconfig.getoption("--xenstored")
+    number, total = pytestconfig.getoption("--share")
+    words = [str(number)] * (total > 1) + [xenstored] * (xenstored != "xenstored")
+    folder = artefacts(arch, "-".join(words))
+    with Machine(
+        arch, artefacts=folder, time_limit_s=SESSION_LIMIT_S, xenstored=xenstored
+    ) as machine:
         machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
         host = Host(machine)
         host.start_daemon()

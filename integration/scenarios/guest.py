@@ -35,9 +35,13 @@ class Entry:
     size: int = MIB
     role: str = "owner"
     more: str = ""
+    lifetime: str = "members"
+    """What an owner says of it; empty for the default, by which it ends with its owner."""
 
     def __str__(self) -> str:
         text = f"id={self.region}, begin={self.at:#x}, size={self.size:#x}, role={self.role}"
+        if self.role == "owner" and self.lifetime:
+            text += f", lifetime={self.lifetime}"
         return f"{text}, {self.more}" if self.more else text
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from integration.scenarios.guest import FILLED, MIB, Entry, filled
-from integration.scenarios.host import Host
+from integration.scenarios.host import WAIT_S, Host
+
+pytestmark = pytest.mark.either_store
 
 
 def _without_change(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,14 +50,14 @@ def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
     it has none; it is never paused for ever, and nothing is left of it."""
     guest = host.guest("victim", Entry(host.unique("demo"), host.at), do="fill,check,stay")
     words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), "held"]
-    killer = host.dom0.spawn(words, timeout_s=90)
+    killer = host.dom0.spawn(words, timeout_s=WAIT_S)
     host.wait(lambda: b"watching\n" in killer.stdout, "the killer is ready")
     creating = host.start_creating(guest)
-    assert killer.wait(90).status == 0
+    assert killer.wait(WAIT_S).status == 0
     host.await_killed()
     since = host.mark
     host.start_daemon()
-    assert creating.wait(120).status == 0
+    assert creating.wait(2 * WAIT_S).status == 0
     host.wait(
         lambda: (
             any(line.startswith("checked pages=256 bad=0") for line in host.said(guest))
@@ -82,15 +84,15 @@ def test_killed_while_a_guest_is_created(host: Host, moment: str) -> None:
     entry = Entry(host.unique("demo"), host.at, 48 * MIB)
     guest = host.guest("victim", entry, do="fill,check")
     words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), moment]
-    killer = host.dom0.spawn(words, timeout_s=90)
+    killer = host.dom0.spawn(words, timeout_s=WAIT_S)
     host.wait(lambda: b"watching\n" in killer.stdout, "the killer is ready")
     creating = host.start_creating(guest)
-    killed = killer.wait(90)
+    killed = killer.wait(WAIT_S)
     assert killed.status == 0, killed.describe()
     host.await_killed()
     since = host.mark
     host.start_daemon()
-    created = creating.wait(120)
+    created = creating.wait(2 * WAIT_S)
     assert created.status == 0, f"{created.describe()}\n{host.log(since)}"
     host.wait_said(guest, "checked pages=12288 bad=0 seed=7")
     host.wait(lambda: [g["state"] for g in host.guests()] == ["attached"], "it is attached")

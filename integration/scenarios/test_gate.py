@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from integration.scenarios.guest import MIB, Entry
-from integration.scenarios.host import Host, names
+from integration.scenarios.host import WAIT_S, Host, names
+
+pytestmark = pytest.mark.either_store
 
 
 def test_guest_without_regions_is_left_alone(host: Host) -> None:
@@ -27,7 +31,7 @@ def test_guest_without_regions_is_left_alone(host: Host) -> None:
     without_us = host.create(alone)
     host.destroy(alone)
     # A benchmark measures this; here only something like a time-out would show.
-    assert with_us.seconds < 3 * without_us.seconds + 5
+    assert with_us.seconds < 3 * without_us.seconds + 30
     print(f"xl create: {with_us.seconds:.2f} s with xshmd, {without_us.seconds:.2f} s without")
 
 
@@ -59,7 +63,7 @@ def test_two_guests_created_at_once_different_regions(host: Host) -> None:
     two = host.guest("two", Entry(host.unique("demo"), host.at, 16 * MIB), do="fill,check", seed=4)
     creating = [host.start_creating(guest) for guest in (one, two)]
     for running in creating:
-        running.wait(150, check=True)
+        running.wait(2 * WAIT_S, check=True)
     host.wait_said(one, "checked pages=4096 bad=0 seed=3")
     host.wait_said(two, "checked pages=4096 bad=0 seed=4")
     holders = {region["holderUuid"] for region in host.regions()}
@@ -77,7 +81,7 @@ def test_two_guests_created_at_once_same_region(host: Host) -> None:
     )  # fmt: skip
     creating = [host.start_creating(guest, etc=True) for guest in (borrower, owner)]
     for running in creating:
-        running.wait(150, check=True)
+        running.wait(2 * WAIT_S, check=True)
     host.wait_said(borrower, "checked pages=4096 bad=0 seed=7")
     assert names(host.regions()) == [region]
     host.destroy(owner, borrower)

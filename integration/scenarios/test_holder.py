@@ -95,11 +95,10 @@ def test_shutdown_of_everything_finishes(host: Host) -> None:
     region = guest.entries[0]
     assert isinstance(region, Entry)
     host.create(guest)
-    host.wait_said(guest, "hello .*", timeout_s=120)
+    host.wait_said(guest, "hello .*")
     before = host.region(region.region)
-    done = host.xl("shutdown", "-a", timeout_s=60)
+    done = host.xl("shutdown", "-a")
     assert "failed" not in done.stderr.decode()
-    assert done.seconds < 30
     host.wait(
         lambda: (
             host.dom0.run(

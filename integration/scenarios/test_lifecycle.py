@@ -8,7 +8,9 @@ import itertools
 import pytest
 
 from integration.scenarios.guest import FILLED, FREE_WORD, MIB, PAGE, Entry, filled
-from integration.scenarios.host import Host, names
+from integration.scenarios.host import WAIT_S, Host, names
+
+pytestmark = pytest.mark.either_store
 
 WORD = 0x0123456789ABCDEF
 
@@ -142,9 +144,9 @@ def test_both_end_at_once(host: Host) -> None:
     two = host.guest("two", Entry(region, host.at, role="borrower"), do="beat", slot=1)
     host.create(one)
     host.create(two)
-    running = [host.dom0.spawn(["xl", "destroy", g.name], timeout_s=60) for g in (one, two)]
+    running = [host.dom0.spawn(["xl", "destroy", g.name], timeout_s=WAIT_S) for g in (one, two)]
     for destroying in running:
-        destroying.wait(check=True)
+        destroying.wait(WAIT_S, check=True)
     host.wait(lambda: not host.regions(), "the region is freed")
 
 

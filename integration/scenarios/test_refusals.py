@@ -62,13 +62,16 @@ def _twice(host: Host, region: str) -> tuple[Entry, ...]:
 
 
 CASES = (
-    Case("unknown key", _one(more="colour=red"), "unknown key 'colour'"),
-    Case("unaligned size", _one(size=0x1001), r"size=0x1001 is not a multiple of 4 KiB"),
-    Case("size zero", _one(size=0), "size=0: a region has at least one page"),
     Case("in RAM", _in_ram, r"region '\w+' at 0x\w+-0x\w+ is inside the guest's RAM at 0x\w+"),
     Case("on a reserved range", _on_reserved, r"region '\w+' at .* is on the (grant table|local)"),
     Case("larger than free memory", _too_large, r"region '?\w+'? needs 2 GiB"),
     Case("undefined region", _one(role="borrower"), r"borrows region '\w+', which nobody defines"),
+)
+# What is wrong with these has nothing to do with the machine: they are tried on the faster one.
+CASES_ALIKE = (
+    Case("unknown key", _one(more="colour=red"), "unknown key 'colour'"),
+    Case("unaligned size", _one(size=0x1001), r"size=0x1001 is not a multiple of 4 KiB"),
+    Case("size zero", _one(size=0), "size=0: a region has at least one page"),
     Case("prot=ro", _one(more="prot=ro"), r"asks for prot=ro, which Xen cannot enforce"),
     Case("overlapping", _overlapping, r"region '\w+' at .* overlaps region '\w+' at", 1),
     Case("same id twice", _twice, r"region '\w+' is already in static_shm\[0\]", 1),
@@ -83,6 +86,9 @@ X86_CASES_XEN_REFUSES_TOO = (
     Case("hap=0", _one(), "has hap=0", more=(("lines", ("hap = 0",)),)),
     Case("nested HVM", _one(), "has nestedhvm=1", more=(("lines", ("nestedhvm = 1",)),)),
 )
+
+
+EVERYWHERE = [*CASES, *(pytest.param(c, marks=pytest.mark.arch("arm64")) for c in CASES_ALIKE)]
 
 
 def _guest(host: Host, case: Case) -> tuple[Guest, str]:
@@ -111,7 +117,7 @@ def _assert_xl_create_fails(host: Host, guest: Guest, sentence: str) -> None:
         host.wait_node_gone(node)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_xl_create_fails(host: Host, case: Case) -> None:
     """Plain `xl create` of what cannot be given fails, the domain is gone without a trace, and the
     log says in one sentence why, with file, line and entry."""
@@ -150,7 +156,7 @@ def _assert_xshmctl_refuses(host: Host, path: str, guest: Guest, sentence: str) 
     assert "Traceback" not in host.log(since)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_xshmctl_create_refuses(host: Host, noted_xl: str, case: Case) -> None:
     """`xshmctl create` says the same on the caller's terminal, with a hint, and runs no xl."""
     guest, place = _guest(host, case)

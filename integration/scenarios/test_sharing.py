@@ -100,8 +100,8 @@ def test_large_region_every_page(host: Host) -> None:
     )
     host.create(writer)
     host.create(reader)
-    host.wait_said(writer, "filled pages=65537 seed=7", timeout_s=120)
-    host.wait_said(reader, "checked pages=65537 bad=0 seed=7", timeout_s=120)
+    host.wait_said(writer, "filled pages=65537 seed=7")
+    host.wait_said(reader, "checked pages=65537 bad=0 seed=7")
     host.destroy(writer, reader)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.arch("x86_64"), pytest.mark.own_boot]
 
 UNIT = "xshmd.service"
 WORST_EXPOSURE = 2.0
-LIMIT_S = 1500
+LIMIT_S = 3600
 
 
 class Installed(Host):
@@ -30,7 +31,7 @@ class Installed(Host):
         return dict(line.split("=", 1) for line in done.text.splitlines())
 
     def systemctl(self, *words: str) -> None:
-        self.dom0.run(["systemctl", *words], timeout_s=120)
+        self.dom0.run(["systemctl", *words], timeout_s=300)
 
     def journal(self) -> list[dict[str, Any]]:
         """What the unit has said so far."""
@@ -83,7 +84,7 @@ def test_socket_starts_the_service(installed: Installed) -> None:
 def test_units_verify(installed: Installed) -> None:
     """`systemd-analyze verify` has nothing to say about either unit."""
     done = installed.dom0.run(
-        ["systemd-analyze", "verify", "--man=no", UNIT, "xshmd.socket"], check=False, timeout_s=120
+        ["systemd-analyze", "verify", "--man=no", UNIT, "xshmd.socket"], check=False, timeout_s=300
     )
     said = (done.stdout + done.stderr).decode()
     assert not [line for line in said.splitlines() if "xshmd" in line], said
@@ -92,7 +93,7 @@ def test_units_verify(installed: Installed) -> None:
 
 def test_exposure(installed: Installed, record_property: Any) -> None:
     """`systemd-analyze security` finds the service well hardened."""
-    done = installed.dom0.run(["systemd-analyze", "security", "--no-pager", UNIT], timeout_s=120)
+    done = installed.dom0.run(["systemd-analyze", "security", "--no-pager", UNIT], timeout_s=300)
     (installed.artefacts / "security.log").write_bytes(done.stdout)
     score = re.search(r"Overall exposure level for xshmd\.service: ([0-9.]+)", done.text)
     assert score is not None, done.text
@@ -115,7 +116,7 @@ def test_plain_xl_create(host_with_service: Installed) -> None:
     text = host.dom0.get(host.config_path(borrower))
     host.dom0.put(f"/tmp/{borrower.name}.cfg", text)
     host.created.append(borrower)
-    host.dom0.run(["xl", "create", f"{borrower.name}.cfg"], cwd="/tmp", timeout_s=120)
+    host.dom0.run(["xl", "create", f"{borrower.name}.cfg"], cwd="/tmp", timeout_s=300)
     host.wait_said(borrower, "checked pages=256 bad=0 seed=7")
     assert names(host.regions()) == [region]
     attached = [e for e in host.journal() if str(e["MESSAGE"]).startswith("guest attached")]
@@ -171,9 +172,12 @@ def test_refusal(host_with_service: Installed) -> None:
 def test_watchdog_and_status(host_with_service: Installed) -> None:
     """systemd's watchdog is on and fed, and `systemctl status` says how many regions there are."""
     host = host_with_service
-    shown = host.show("WatchdogUSec", "WatchdogTimestampMonotonic", "StatusText")
+    shown = host.show("WatchdogUSec", "WatchdogTimestampMonotonic")
     assert shown["WatchdogUSec"] == "1min"
-    assert re.fullmatch(r"0 regions, 0 guests", shown["StatusText"])
+    # A guest of the scenario before may have ended a moment ago.
+    host.wait(
+        lambda: host.show("StatusText")["StatusText"] == "0 regions, 0 guests", "the status is told"
+    )
     fed = shown["WatchdogTimestampMonotonic"]
     host.wait(
         lambda: host.show("WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"] != fed,
@@ -187,3 +191,60 @@ def test_nothing_denied(host_with_service: Installed) -> None:
     said = host_with_service.log()
     for word in ("Traceback", "Operation not permitted", "Read-only file system", "PermissionErr"):
         assert word not in said, said[-3000:]
+
+
+def test_audit(host_with_service: Installed) -> None:
+    """From the hardened service too, entries reach the journal with their fields."""
+    host = host_with_service
+    region = host.unique("audited")
+    guest = host.guest("audited", Entry(region, host.at))
+    host.create(guest)
+    domid = str(host.domid(guest))
+    host.destroy(guest)
+
+    def entries() -> list[tuple[str, str]]:
+        """The guest's entries with a MESSAGE_ID, as the journal selects them."""
+        asking = ["journalctl", "-u", UNIT, f"XSHM_REGION={region}", "-o", "json", "--no-pager"]
+        found = map(json.loads, host.dom0.run(asking).text.splitlines())
+        return [(e["MESSAGE_ID"], e.get("XSHM_DOMID", "")) for e in found if "MESSAGE_ID" in e]
+
+    granted = ("4c72f4e1fc0a431c937307411b05416c", domid)
+    withdrawn = ("eec7e4ded95946ee8869d59429f518c0", domid)
+    host.wait(lambda: {granted, withdrawn} <= {*entries()}, "both are in the journal")
+    assert len(entries()) == len({*entries()})
+
+
+def test_xendomains(host_with_service: Installed) -> None:
+    """xendomains first saves every guest, as it is set up to: one that cannot be saved is started
+    all the same at the next boot."""
+    host = host_with_service
+    default, scripts = "/etc/default/xendomains", "/etc/xen/scripts"
+    hook = "/usr/lib/python3/dist-packages/xshmd/resources/hooks/xshm-forget-stubs"
+    host.dom0.run(["install", "-m", "755", hook, f"{scripts}/xshm-forget-stubs"])
+    drop_in = Path(__file__).parents[2] / "systemd" / "xshmd-xendomains.conf"
+    drop_in_there = "/etc/systemd/system/xendomains.service.d/xshmd.conf"
+    host.dom0.put(drop_in_there, drop_in.read_text())
+    # This guest does not hear of a shutdown: no need to wait five minutes for it.
+    host.dom0.run(["sed", "-i.old", "s/^\\(XENDOMAINS_STOP_MAXWAIT\\)=.*/\\1=5/", default])
+    host.systemctl("daemon-reload")
+    region = host.unique("demo")
+    guest = host.guest("auto", Entry(region, host.at), do="boots,stay")
+    host.dom0.put(f"/etc/xen/auto/{guest.name}", guest.config())
+    host.created.append(guest)
+    saved = f"/var/lib/xen/save/{guest.name}"
+    try:
+        host.systemctl("restart", "xendomains.service")
+        host.wait_said(guest, "boots=1")
+        host.systemctl("stop", "xendomains.service")
+        host.destroy(guest)  # as the machine's end does
+        host.wait(lambda: not host.regions(), "the region is freed")
+        assert host.dom0.run(["test", "-e", saved], check=False).status == 0  # xl's header
+        host.systemctl("start", "xendomains.service")
+        host.wait_said(guest, "boots=1", times=2)
+        assert names(host.regions()) == [region]
+        assert host.dom0.run(["test", "-e", saved], check=False).status != 0
+        host.destroy(guest)
+    finally:
+        left = f"/etc/xen/auto/{guest.name} {saved} {drop_in_there} {scripts}/xshm-forget-stubs"
+        host.dom0.run(f"rm -f {left}; mv {default}.old {default}")
+        host.systemctl("daemon-reload")

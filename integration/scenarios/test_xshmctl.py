@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from integration.scenarios.guest import MIB, PAGE, Entry, Guest
-from integration.scenarios.host import SOCKET, Host
+from integration.scenarios.host import CONFIGS, SOCKET, Host
 
 
 @pytest.fixture
@@ -174,6 +174,79 @@ def test_second_daemon(host: Host) -> None:
     assert "Traceback" not in done.stderr.decode()
     assert host.regions() == before
     host.destroy(guest)
+
+
+def test_change_what_runs(host: Host, pair: tuple[Guest, Guest, str]) -> None:
+    """Attach, detach, create from TOML, remove: each tried with -N first, which changes nothing."""
+    owner, _, region = pair
+    added = host.unique("demo")
+    path = f"{CONFIGS}/{added}.toml"
+    host.dom0.put(path, f'[region.{added}]\nsize = "64 KiB"\n')
+    entry = f"id={added},begin={host.at_large:#x},size=0x10000,role=borrower"
+    mine = host.unique("demo")
+    own = f"id={mine},begin={host.at_large:#x},size=0x10000,role=owner,lifetime=members"
+    for words in (["create", path], ["attach", owner.name, own], ["reload"]):
+        before = host.state()
+        dry = host.xshmctl(words[0], "-N", *words[1:])
+        assert not before.difference(host.state())
+        assert all(line.startswith("would ") for line in dry.text.splitlines()) or "no" in dry.text
+    host.xshmctl("create", path)
+    assert host.region(added)["sizeBytes"] == 16 * PAGE
+    assert host.xshmctl("attach", "nosuchguest", entry, check=False).status == 4
+    assert host.xshmctl("remove", "nosuchregion", check=False).status == 4
+    assert host.xshmctl("remove", region, check=False).status == 5
+    host.xshmctl("remove", added)
+    host.xshmctl("attach", str(host.domid(owner)), own)
+    assert host.region(mine)["members"][0]["guest"] == owner.name
+    host.xshmctl("detach", owner.name, mine)
+    assert not [r for r in host.regions() if r["id"] == mine and r["members"]]
+    if mine in host.xshmctl("list", "--no-legend").text:
+        host.xshmctl("remove", mine)
+    assert [r["id"] for r in host.regions()] == [region]
+
+
+def test_bytes_of_a_region(host: Host, pair: tuple[Guest, Guest, str]) -> None:
+    """What `load` writes, guests have; `dump` shows what is there; too much is refused."""
+    _, _, region = pair
+    run = host.dom0.run
+    run(f"head -c 300000 /dev/urandom > {CONFIGS}/image")
+    run(f"xshmctl load {region} --offset=8KiB < {CONFIGS}/image")
+    host.wait_log(rf"region written .*region='?{region}'? .*offset_bytes=8192", 0)
+    run(f"xshmctl dump {region} --offset=0x2000 --length 300000 | cmp - {CONFIGS}/image")
+    word = int.from_bytes(host.dom0.get(f"{CONFIGS}/image")[:8], "little")
+    assert host.peek(region, 2, 0) == word
+    whole = run(f"xshmctl dump {region} | wc -c").text
+    assert int(whole) == MIB + PAGE
+    done = run(f"xshmctl load {region} --offset=1MiB < {CONFIGS}/image", check=False)
+    assert done.status == 5
+    assert "hint: " in done.stderr.decode()
+
+
+def test_watch_and_wait(host: Host) -> None:
+    """`monitor` says what happens, `wait` when a guest is ready, `status` how the daemon is."""
+    region = host.unique("demo")
+    guest = host.guest("seen", Entry(region, host.at, MIB, more="lifetime=members"))
+    heard = bytearray()
+    listening = host.dom0.spawn(
+        ["xshmctl", "monitor", "--json=short"],
+        on_output=lambda stream, data: heard.extend(data),
+        timeout_s=120,
+    )
+    host.wait(lambda: b'"state"' in heard, "the state comes")
+    host.create(guest)
+    waited = host.xshmctl("wait", guest.name, "--timeout=60").text
+    assert waited.startswith(f"{guest.name}: domain {host.domid(guest)}, attached, with {region}")
+    host.wait(lambda: b"peer_joined" in heard, "the peer joins")
+    said = host.xshmctl("status").text
+    assert re.search(rf"process {host.daemon_pid},", said)
+    assert re.search(r"^ *Regions: 1, 1 MiB$", said, re.M)
+    host.destroy(guest)
+    host.wait(lambda: b"peer_left" in heard, "the peer leaves")
+    host.stop_daemon()
+    assert listening.wait(60).status == 0
+    replies = [json.loads(line) for line in bytes(heard).decode().splitlines()]
+    kinds = [reply["event"]["kind"] for reply in replies if reply.get("event")]
+    assert kinds.index("peer_joined") < kinds.index("peer_left")
 
 
 def test_usage(host: Host) -> None:

@@ -7,11 +7,27 @@ import errno
 from collections.abc import Callable
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XshmError
-from xshmd.model import SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, Arch
+from xshmd.model import (
+    SHUTDOWN_CRASH,
+    SHUTDOWN_POWEROFF,
+    SHUTDOWN_REBOOT,
+    Arch,
+    MemoryKind,
+    MemoryRange,
+)
 from xshmd.ports import Hypervisor
-from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, bytes_of
+from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, Mfn, bytes_of
 
-from .host import GUEST_GFN, HOLDER_GFN, POOL_EXHAUSTED, ContractHost, equal, expect, raises
+from .host import (
+    GUEST_GFN,
+    HOLDER_GFN,
+    HOST_POOL_EXHAUSTED,
+    POOL_EXHAUSTED,
+    ContractHost,
+    equal,
+    expect,
+    raises,
+)
 
 Case = Callable[[Hypervisor, ContractHost], None]
 CASES: list[tuple[str, Case]] = []
@@ -137,7 +153,7 @@ def reserved_domids_never_reach_xen(xen: Hypervisor, make: ContractHost) -> None
 # -- unknown domains -------------------------------------------------------------------------------
 
 
-def _gone_calls(xen: Hypervisor, domid: DomId) -> dict[str, Callable[[], object]]:
+def _gone_calls(xen: Hypervisor, domid: DomId, mfn: Mfn) -> dict[str, Callable[[], object]]:
     return {
         "destroy": lambda: xen.destroy(domid),
         "pause": lambda: xen.pause(domid),
@@ -148,13 +164,15 @@ def _gone_calls(xen: Hypervisor, domid: DomId) -> dict[str, Callable[[], object]
         "set_paging_pool_bytes": lambda: xen.set_paging_pool_bytes(domid, PAGE_SIZE),
         "unmap": lambda: xen.unmap(domid, GUEST_GFN, 1),
         "map_foreign": lambda: xen.map_foreign(domid, GUEST_GFN, DomId(1), HOLDER_GFN, 1),
+        "map_host_range": lambda: xen.map_host_range(domid, GUEST_GFN, mfn, 1),
+        "unmap_host_range": lambda: xen.unmap_host_range(domid, GUEST_GFN, mfn, 1),
     }
 
 
 def _unknown(name: str) -> None:
     def run(xen: Hypervisor, make: ContractHost) -> None:
         with raises(DomainGone, errno.ESRCH):
-            _gone_calls(xen, make.unused_domid())[name]()
+            _gone_calls(xen, make.unused_domid(), make.host_memory())[name]()
 
     run.__name__ = f"{name}_of_nobody_is_domain_gone"
     case(run)
@@ -162,7 +180,7 @@ def _unknown(name: str) -> None:
 
 for _name in (
     "destroy", "pause", "unpause", "shut_down", "set_max_pages", "paging_pool_bytes",
-    "set_paging_pool_bytes", "unmap", "map_foreign",
+    "set_paging_pool_bytes", "unmap", "map_foreign", "map_host_range", "unmap_host_range",
 ):  # fmt: skip
     _unknown(_name)
 
@@ -992,3 +1010,155 @@ def destroying_the_target_of_a_zombie_guest(xen: Hypervisor, make: ContractHost)
         anchor.close()
         make.gone(guest)
         make.gone(holder)
+
+
+# -- the machine's own frames ----------------------------------------------------------------------
+
+NOT_DOM0S = {Arch.X86_64: Mfn(0xFEE00), Arch.ARM64: Mfn(0x48000)}
+"""The local APIC; RAM."""
+
+
+@case
+def host_ranges_are_in_order_and_some_may_be_shared(xen: Hypervisor, make: ContractHost) -> None:
+    ranges = xen.host_ranges()
+    expect(all(one.nr_frames > 0 and one.name for one in ranges), "empty or nameless ranges")
+    firsts = [one.first_mfn for one in ranges]
+    equal(firsts, sorted(firsts), "order")
+    expect(any(one.refusal for one in ranges), "something that is refused")
+    make.host_memory()
+
+
+@case
+def a_host_range_costs_the_guest_no_memory(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.domain(), make.host_memory(16)
+    with make.page_exact():
+        xen.map_host_range(guest, GUEST_GFN, mfn, 16)
+        equal(make.tot_pages(guest), 0, "tot_pages")
+        xen.unmap_host_range(guest, GUEST_GFN, mfn, 16)
+
+
+@case
+def a_host_range_is_no_page_that_dom0_maps_or_removes(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.domain(), make.host_memory(4)
+    xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+    equal(xen.populated_frames(guest, [GUEST_GFN, Gfn(GUEST_GFN + 3)]), (), "frames dom0 can map")
+    equal(xen.unmap(guest, GUEST_GFN, 4), 0, "frames removed as pages")
+
+
+@case
+def a_host_range_may_be_mapped_again(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.domain(), make.host_memory(4)
+    for _ in range(2):
+        xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+    xen.unmap_host_range(guest, GUEST_GFN, mfn, 4)
+    xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+
+
+@case
+def removing_a_host_range_frees_its_place(xen: Hypervisor, make: ContractHost) -> None:
+    """x86 crashes a guest for a page put over one: that it lives proves that they were gone."""
+    holder, guest = make.pair(4)
+    mfn = make.host_memory(2 * SUPERPAGE_FRAMES)
+    first = Gfn(GUEST_GFN - 3)
+    xen.map_host_range(guest, first, mfn, SUPERPAGE_FRAMES + 7)
+    xen.unmap_host_range(guest, first, mfn, SUPERPAGE_FRAMES + 7)
+    xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, 4)
+    make.write(holder, HOLDER_GFN, b"under it")
+    equal(xen.unmap(guest, GUEST_GFN, 4), 4, "pages there now")
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+
+
+@case
+def removing_half_of_what_is_there(xen: Hypervisor, make: ContractHost) -> None:
+    """What is not there any more does not keep the rest from being removed."""
+    holder, guest = make.pair(4)
+    mfn = make.host_memory(8)
+    xen.map_host_range(guest, GUEST_GFN, mfn, 8)
+    for index in (0, 3):
+        xen.unmap_host_range(guest, Gfn(GUEST_GFN + index), Mfn(mfn + index), 1)
+    for _ in range(2):
+        xen.unmap_host_range(guest, GUEST_GFN, mfn, 8)
+    xen.map_foreign(guest, Gfn(GUEST_GFN + 1), holder, HOLDER_GFN, 4)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+
+
+@case
+def superpages_of_host_memory(xen: Hypervisor, make: ContractHost) -> None:
+    """They are removed piece by piece and as a whole."""
+    holder, guest = make.pair(4)
+    mfn = make.host_memory(2 * SUPERPAGE_FRAMES)
+    for piece in (1, 2 * SUPERPAGE_FRAMES):
+        xen.map_host_range(guest, GUEST_GFN, mfn, 2 * SUPERPAGE_FRAMES)
+        xen.unmap_host_range(guest, GUEST_GFN, mfn, piece)
+        xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, 1)
+        xen.unmap(guest, GUEST_GFN, 1)
+        xen.unmap_host_range(guest, GUEST_GFN, mfn, 2 * SUPERPAGE_FRAMES)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+
+
+@case
+def a_host_range_beside_pages_of_a_holder(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.mapped(4)
+    xen.map_host_range(guest, Gfn(GUEST_GFN + 4), make.host_memory(4), 4)
+    equal(xen.unmap(guest, GUEST_GFN, 8), 4, "pages removed")
+    equal(make.tot_pages(holder), 4, "the holder's pages")
+
+
+@case
+def two_guests_may_have_one_host_range(xen: Hypervisor, make: ContractHost) -> None:
+    one, other, mfn = make.domain(), make.domain(), make.host_memory(4)
+    xen.map_host_range(one, GUEST_GFN, mfn, 4)
+    xen.map_host_range(other, Gfn(GUEST_GFN + 9), mfn, 4)
+    xen.unmap_host_range(one, GUEST_GFN, mfn, 4)
+    xen.unmap_host_range(other, Gfn(GUEST_GFN + 9), mfn, 4)
+
+
+@case
+def what_dom0_may_not_have_it_cannot_give_away(xen: Hypervisor, make: ContractHost) -> None:
+    guest = make.domain()
+    for mfn in (NOT_DOM0S[make.arch], Mfn((1 << 40) - 1)):
+        with make.page_exact(), raises(HypercallFailed, errno.EPERM):
+            xen.map_host_range(guest, GUEST_GFN, mfn, 1)
+
+
+@case
+def a_host_range_without_a_pool_is_not_mapped(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.bare(), make.host_memory(4)
+    make.starve(guest)
+    with make.page_exact(), raises(HypercallFailed, HOST_POOL_EXHAUSTED):
+        xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+    xen.set_paging_pool_bytes(guest, bytes_of(512))
+    xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+
+
+@case
+def destroying_a_guest_with_a_host_range_is_page_exact(xen: Hypervisor, make: ContractHost) -> None:
+    with make.page_exact():
+        guest = make.domain()
+        xen.map_host_range(guest, GUEST_GFN, make.host_memory(600), 600)
+        make.destroy(guest)
+        make.gone(guest)
+
+
+# -- what an x86 guest is told of its memory -------------------------------------------------------
+
+
+@case
+def a_vcpu_that_is_not_to_run_has_no_entry_register(xen: Hypervisor, make: ContractHost) -> None:
+    equal(xen.entry_register(make.bare()), None, "rbx of a vCPU that is down")
+
+
+@case
+def only_x86_has_memory_maps(xen: Hypervisor, make: ContractHost) -> None:
+    guest, ranges = make.bare(), [MemoryRange(0, 1 << 20, MemoryKind.RAM)]
+    if make.arch is Arch.ARM64:
+        with raises(HypercallFailed, errno.ENOSYS):
+            xen.set_memory_map(guest, ranges)
+        return
+    xen.set_memory_map(guest, ranges)
+    xen.set_memory_map(guest, ranges * 128)
+    with raises(HypercallFailed, errno.EINVAL):
+        xen.set_memory_map(guest, ranges * 129)
+    with raises(DomainGone, errno.ESRCH):
+        xen.set_memory_map(make.unused_domid(), ranges)

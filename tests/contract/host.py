@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 
 from xshmd.errors import DomainGone, HypercallFailed, XshmError
 from xshmd.model import Arch, DomainInfo
+from xshmd.policy.host_ranges import why_not_shareable
 from xshmd.ports import Hypervisor
-from xshmd.units import DomId, Gfn, bytes_of
+from xshmd.units import DomId, Gfn, Mfn, bytes_of
 
 HOLDER_GFN = Gfn(0x40000)
 """Where the cases put a holder's pages: 1 GiB, 2 MiB aligned."""
@@ -27,6 +28,8 @@ SETTLE_S = 5.0
 ENOUGH_POOL_FRAMES = 512
 POOL_EXHAUSTED = (errno.ENOMEM, errno.ENOENT)
 """What a map says that gets no table: on Arm ENOENT (arch/arm/mmu/p2m.c __p2m_set_entry())."""
+HOST_POOL_EXHAUSTED = (errno.ENOENT, errno.EINVAL)
+"""The same of host memory: on x86 libxenctrl's undoing leaves its own errno behind."""
 
 
 class Wrong(AssertionError):
@@ -158,6 +161,17 @@ class ContractHost:
         self.wait(lambda: self.xen.domain_info(domid) is None, "the domain to be gone")
         return domid
 
+    def host_memory(self, nr_frames: int = 1) -> Mfn:
+        """Return the first of so many machine frames that may be given to guests."""
+        ranges = self.xen.host_ranges()
+        # A device's memory: nobody knows what firmware does with what it has reserved.
+        for one in ranges:
+            free = not any(why_not_shareable(ranges, one.first_mfn, nr_frames))
+            if "PCI" in one.name and free:
+                return one.first_mfn
+        known = "; ".join(f"{one.name}: {one.refusal}" for one in ranges)
+        raise Wrong(f"this machine has no host memory to share: {known}")
+
     # -- looking --------------------------------------------------------------------------------
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
@@ -189,7 +203,7 @@ class ContractHost:
         """
         found, since = self.xen.host_info().free_pages, time.monotonic()
         while time.monotonic() - since < self._quiet_s:
-            time.sleep(0.05)
+            time.sleep(0.2)
             now = self.xen.host_info().free_pages
             if now != found:
                 found, since = now, time.monotonic()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from xshmd.errors import OutOfMemory, PartialMap, XshmError
-from xshmd.model import Arch, DomainInfo, HostInfo
+from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.units import (
     DOMID_FIRST_RESERVED,
     PAGE_SIZE,
@@ -24,6 +24,7 @@ from xshmd.units import (
     SUPERPAGE_ORDER,
     DomId,
     Gfn,
+    Mfn,
     bytes_of,
 )
 from xshmd.xen.errno_table import failure
@@ -45,6 +46,16 @@ ARM_FIRST_POOL_PAGES: Final = {(4, 17): 16}
 """arch/arm/p2m.c; none since 4.18."""
 CACHEFLUSH_LIMIT: Final = 1 << 18
 """arch/arm/domctl.c XEN_DOMCTL_cacheflush: at most 1 << MAX_ORDER frames a call."""
+E820_MAX: Final = 128
+PLAIN_BAR: Final = HostRange(
+    first_mfn=Mfn(0xC000000), nr_frames=1024, name="memory 2 of PCI device 0000:00:04.0"
+)
+"""Memory of the machine that is nobody's RAM."""
+REGISTERS: Final = HostRange(
+    first_mfn=Mfn(0xFEBFE), nr_frames=1, name="memory 0 of PCI device 0000:00:04.0",
+    refusal="it is registers and not memory: it is not prefetchable",
+)  # fmt: skip
+LOCAL_APIC_MFN: Final = 0xFEE00
 PV_DOM0_UNMAPPABLE: Final = errno.EINVAL
 CONTROL_DOMAIN: Final = DomId(0)
 
@@ -122,6 +133,13 @@ class Domain:
     targeted_by: int = 0
     cpu_time_ns: int = 0
     altp2m: bool = False
+    direct: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Frames of its p2m that are machine frames without an owner: p2m_mmio_direct(_dev)."""
+    iomem: set[int] = dataclasses.field(default_factory=set)
+    """Machine frames it has a right to: iomem_caps."""
+    memory_map: tuple[MemoryRange, ...] = ()
+    entry_register: int | None = None
+    """vCPU 0's rbx; None while the vCPU is down."""
     overhead_pages: int = DOMAIN_OVERHEAD_PAGES
 
     @property
@@ -154,8 +172,11 @@ class Fault:
 
 
 READ_ONLY: Final = frozenset(
-    {"host_info", "domain_info", "domains", "paging_pool_bytes", "populated_frames", "map_pages"}
-)
+    {
+        "host_info", "domain_info", "domains", "paging_pool_bytes", "populated_frames", "map_pages",
+        "host_ranges", "entry_register",
+    }
+)  # fmt: skip
 """Calls after which the world is as it was."""
 
 
@@ -238,6 +259,7 @@ class SimulatedXen:
         self.leaked_references = 0
         """Arm: foreign pages added twice at one frame, which nothing ever gives back."""
         self.crashed: list[DomId] = []
+        self.host_memory: tuple[HostRange, ...] = (REGISTERS, PLAIN_BAR)
         self.open_maps: set[SimulatedMap] = set()
         """The control domain's mappings."""
         self._lock = threading.RLock()
@@ -510,6 +532,8 @@ class SimulatedXen:
         domain.pool_pages = 0
         domain.tables.clear()
         domain.superpages.clear()
+        domain.direct.clear()
+        domain.iomem.clear()
         self._complete_if_unused(domain)
         self.on_domain_exception(domain.domid)
 
@@ -748,6 +772,9 @@ class SimulatedXen:
         page = source.page
         if domain.dying:
             return errno.ENOMEM
+        if gfn in domain.direct and x86:
+            self._crash(domain)  # set_typed_p2m_entry(): p2m_is_special
+            return errno.EPERM
         old = domain.p2m.get(gfn)
         if old is not None and x86:
             # guest_remove_page(): frees the guest's RAM, and refuses what is not its own.
@@ -758,6 +785,7 @@ class SimulatedXen:
             # arch/arm/mmu/p2m.c __p2m_set_entry(): any failure to get a table is ENOENT there.
             return errno.ENOMEM if x86 else errno.ENOENT
         page.references += 1
+        domain.direct.pop(gfn, None)
         domain.p2m[gfn] = Entry(page, foreign=True)
         if old is not None and not x86 and old.foreign:
             if old.page is page:
@@ -780,6 +808,95 @@ class SimulatedXen:
                     raise failure(call, guest, code)
                 removed += code == 0
             return removed
+
+    # -- the machine's own frames ---------------------------------------------------------------
+
+    def host_ranges(self) -> tuple[HostRange, ...]:
+        with self._call("host_ranges"):
+            return self.host_memory
+
+    def _dom0_may(self, mfns: range) -> bool:
+        """dom0's iomem_caps: arch/x86/dom0_build.c dom0_setup_permissions(), arch/arm/device.c"""
+        if self.arch is Arch.X86_64:
+            return LOCAL_APIC_MFN not in mfns and mfns.stop <= 1 << (self.gpaddr_bits - 12)
+        devices = self.host_memory
+        return any(one.first_mfn <= mfns.start and mfns.stop <= one.end_mfn for one in devices)
+
+    def _permit(self, domid: DomId, mfns: range, *, allow: bool) -> Domain:
+        """common/domctl.c XEN_DOMCTL_iomem_permission"""
+        domain = self._domain(domid, "xc_domain_iomem_permission")
+        if not self._dom0_may(mfns):
+            raise failure("xc_domain_iomem_permission", domid, errno.EPERM)
+        domain.iomem = domain.iomem | set(mfns) if allow else domain.iomem - set(mfns)
+        return domain
+
+    def map_host_range(self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int) -> None:
+        """common/domctl.c XEN_DOMCTL_memory_mapping, and what libxenctrl undoes of it"""
+        with self._call("map_host_range", guest, first_gfn, first_mfn, nr_frames):
+            mfns = range(first_mfn, first_mfn + nr_frames)
+            domain = self._permit(guest, mfns, allow=True)
+            for index, mfn in enumerate(mfns):
+                code = self._add_direct(domain, first_gfn + index, mfn, nr_frames - index)
+                if code:
+                    for undone in range(index):
+                        domain.direct.pop(first_gfn + undone, None)
+                    self._permit(guest, mfns, allow=False)
+                    # tools/libs/ctrl/xc_domain.c: what is left is the errno of the undoing, which
+                    # on x86 comes to a frame that is not there.
+                    left = errno.EINVAL if self.arch is Arch.X86_64 else code
+                    raise failure("xc_domain_memory_mapping", guest, left)
+
+    def _add_direct(self, domain: Domain, gfn: int, mfn: int, nr_left: int) -> int:
+        """arch/x86/mm/p2m.c set_typed_p2m_entry(), arch/arm/mmu/p2m.c __p2m_set_entry()"""
+        x86, old = self.arch is Arch.X86_64, domain.p2m.get(gfn)
+        if x86 and ((old and old.foreign) or domain.direct.get(gfn, mfn) != mfn):
+            self._crash(domain)
+            return errno.EPERM
+        block = gfn >> SUPERPAGE_ORDER
+        if (gfn | mfn) % SUPERPAGE_FRAMES == 0 and nr_left >= SUPERPAGE_FRAMES:
+            if not self._tables(domain, gfn, leaf=False):
+                return errno.ENOMEM if x86 else errno.ENOENT
+            domain.superpages.add(block)
+        elif block not in domain.superpages and not self._tables(domain, gfn, leaf=True):
+            return errno.ENOMEM if x86 else errno.ENOENT
+        if old is not None:
+            del domain.p2m[gfn]
+            if old.foreign:
+                self._put(old.page)
+        domain.direct[gfn] = mfn
+        return 0
+
+    def unmap_host_range(
+        self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int
+    ) -> None:
+        with self._call("unmap_host_range", guest, first_gfn, first_mfn, nr_frames):
+            self._domain(guest, "xc_domain_memory_mapping")
+            mfns = range(first_mfn, first_mfn + nr_frames)
+            domain = self.by_domid[guest]
+            for index, mfn in enumerate(mfns):
+                if mfn in domain.iomem:
+                    domain.direct.pop(first_gfn + index, None)
+            self._permit(guest, mfns, allow=False)
+
+    # -- what an x86 guest is told of its memory ------------------------------------------------
+
+    def entry_register(self, domid: DomId) -> int | None:
+        """arch/x86/hvm/save.c hvm_save_one()"""
+        with self._call("entry_register", domid):
+            if self.arch is Arch.ARM64:
+                return None
+            domain = self._domain(domid, "xc_domain_hvm_getcontext_partial")
+            return domain.entry_register
+
+    def set_memory_map(self, domid: DomId, ranges: Sequence[MemoryRange]) -> None:
+        """arch/x86/mm.c XENMEM_set_memory_map"""
+        call = "xc_domain_set_memory_map"
+        with self._call("set_memory_map", domid, len(ranges)):
+            if self.arch is Arch.ARM64:
+                raise failure(call, domid, errno.ENOSYS)
+            if len(ranges) > E820_MAX:
+                raise failure(call, domid, errno.EINVAL)
+            self._domain(domid, call).memory_map = tuple(ranges)
 
     # -- what a guest itself does ---------------------------------------------------------------
 

@@ -14,12 +14,20 @@ from collections.abc import Callable
 import trio
 
 from fakes.hypervisor import Domain, SimulatedXen
+from fakes.start_info import write_start_info
 from fakes.xenstored import FakeXenstored
 from xshmd.errors import DomainGone, XshmError
-from xshmd.model import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, Arch, GuestConfig
+from xshmd.model import (
+    SHUTDOWN_POWEROFF,
+    SHUTDOWN_REBOOT,
+    Arch,
+    GuestConfig,
+    MemoryKind,
+    MemoryRange,
+)
 from xshmd.policy import layout
 from xshmd.ports import HeldLock
-from xshmd.units import DomId, bytes_of
+from xshmd.units import DomId, address_of, bytes_of
 
 STEP_S = 0.2
 """How long each step of xl takes."""
@@ -164,6 +172,10 @@ class FakeToolstack:
         await self._step("pool", domain, step_s)
         for window in ram:
             self.xen.populate(domid, window.first_gfn, window.end_gfn - window.first_gfn)
+        if self.xen.arch is Arch.X86_64 and config.hap:
+            spans = ((address_of(one.first_gfn), address_of(one.end_gfn)) for one in ram)
+            memory = [MemoryRange(start, end - start, MemoryKind.RAM) for start, end in spans]
+            write_start_info(self.xen, domid, memory)
         await self._step("memory", domain, step_s)
         server.write(f"/local/domain/{domid}/memory/target", str(config.memory_mib * 1024))
         server.write(f"/local/domain/{domid}/store/port", "1")

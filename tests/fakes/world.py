@@ -22,14 +22,25 @@ from fakes.xenstored import FakeXenstored, fake_xenstored
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XshmError
-from xshmd.model import Arch, Guest, GuestConfig, GuestState, RegionRequest, Role
+from xshmd.model import (
+    Arch,
+    Declarations,
+    Guest,
+    GuestConfig,
+    GuestState,
+    Lifetime,
+    RegionConfig,
+    RegionRequest,
+    RegionTerms,
+    Role,
+)
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.ports import CreationLock, Hypervisor, Store
 from xshmd.units import DomId, Gfn
 from xshmd.xen.store import open_store
 
 T = TypeVar("T")
-RECORD_ROOTS = ("/xshmd/holders", "/xshmd/regions", "/xshmd/guests")
+RECORD_ROOTS = ("/xshmd/holders", "/xshmd/regions", "/xshmd/guests", "/xshmd/changes")
 PATIENCE_S = 120.0
 """Of the test's clock, not of anybody's time."""
 REGION_GFN = {Arch.X86_64: 0x1000000, Arch.ARM64: 0x3A000}
@@ -48,6 +59,10 @@ class FakeFinder:
 
     def __init__(self) -> None:
         self.files: dict[str, GuestConfig | XshmError] = {}
+        self.defined: list[RegionConfig] = []
+        """Regions apart from any guest."""
+        self.declared: set[str] = set()
+        """Guests whose file is one of ours, rather than xl's."""
 
     def find(self, *, name: str, uuid: str) -> GuestConfig | None:
         found = self.files.get(name)
@@ -55,11 +70,26 @@ class FakeFinder:
             raise found
         return found
 
+    def complete(self, config: GuestConfig) -> GuestConfig:
+        return config
+
     def known(self) -> tuple[GuestConfig, ...]:
         return tuple(
             found
             for found in self.files.values()
             if isinstance(found, GuestConfig) and found.requests
+        )
+
+    def regions(self) -> tuple[RegionConfig, ...]:
+        return tuple(self.defined)
+
+    def declarations(self) -> Declarations:
+        for found in self.files.values():
+            if isinstance(found, XshmError):
+                raise found
+        return Declarations(
+            regions=self.regions(),
+            guests=tuple(one for one in self.known() if one.name in self.declared),
         )
 
 
@@ -189,11 +219,13 @@ class World:
         at: int = 0,
         role: Role = Role.OWNER,
         offset: int = 0,
+        lifetime: Lifetime | None = Lifetime.MEMBERS,
     ) -> RegionRequest:
         """Return an entry at ``at`` frames past the usual place."""
+        terms = RegionTerms(lifetime=lifetime if role is Role.OWNER else None)
         return RegionRequest(
             region_id=region_id, first_gfn=Gfn(REGION_GFN[self.xen.arch] + at), nr_frames=frames,
-            role=role, offset_frames=offset,
+            role=role, offset_frames=offset, terms=terms,
         )  # fmt: skip
 
     def borrow(
@@ -210,10 +242,12 @@ class World:
 
     def missing(self, domid: DomId, config: GuestConfig) -> str:
         """Say what the guest lacks of its regions; nothing if it has all."""
-        p2m = self.xen.by_domid[domid].p2m
+        domain = self.xen.by_domid[domid]
         for request in config.requests:
             for gfn in range(request.first_gfn, request.end_gfn):
-                entry = p2m.get(gfn)
+                if gfn in domain.direct:  # host memory, which is no domain's page
+                    continue
+                entry = domain.p2m.get(gfn)
                 if entry is None or not entry.foreign:
                     return f"domain {domid} ({config.name}) has no {request.region_id} at {gfn:#x}"
                 owner = entry.page.owner

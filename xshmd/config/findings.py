@@ -5,15 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xshmd.errors import ConfigError, XshmError, combined
+from xshmd.errors import ConfigError, Fact, XshmError, combined
 from xshmd.model import Place
 
 
-def config_error(place: Place, what: str, *, hint: str = "") -> ConfigError:
-    """Return the error that says ``what`` is wrong at ``place``."""
-    return ConfigError(
-        f"{place}: {what}", hint=hint, file=place.file, place=place.key, line=place.line
-    )
+def config_error(place: Place, what: str, *, hint: str = "", rule: str = "") -> ConfigError:
+    """Return the error that says ``what`` is wrong at ``place``.
+
+    Args:
+        place: Where it is.
+        what: What is wrong, in one sentence without a final full stop.
+        hint: What to do about it.
+        rule: The broken rule's name for programs, e.g. ``unknown-key``; names do not change.
+    """
+    facts: dict[str, Fact] = {"file": place.file, "place": place.key, "line": place.line}
+    if rule:
+        facts["rule"] = rule
+    return ConfigError(f"{place}: {what}", hint=hint, **facts)
 
 
 def raise_all(errors: Sequence[ConfigError]) -> None:

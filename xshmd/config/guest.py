@@ -15,7 +15,10 @@ from xshmd.config.findings import config_error, raise_all
 from xshmd.config.xlcfg import XlConfig, XlList, parse, shown
 from xshmd.errors import ConfigError
 from xshmd.model import Arch, GuestConfig, GuestType, RegionRequest
+from xshmd.policy.entry_rules import region_twice
 
+MEMORY_MAP_KEY: Final = "static_shm_memory_map"
+"""Whether an x86 guest's memory map is to say where its regions are: ``reserve`` or ``leave``."""
 ALTP2M_MODES: Final = ("disabled", "mixed", "external", "limited")
 """libxl_altp2m_mode in libxl_types.idl: each by its name, or by its index here."""
 
@@ -62,6 +65,7 @@ def from_xl(config: XlConfig, *, arch: Arch | None = None, own_name: str = "") -
         hap=reader.flag("hap", default=True),
         altp2m=reader.altp2m(),
         nestedhvm=reader.flag("nestedhvm"),
+        reserve=reader.reserve(),
         requests=requests,
         place=config.place("name"),
     )
@@ -95,16 +99,16 @@ class _Reader:
         self._config = config
 
     def requests(self) -> tuple[RegionRequest, ...]:
-        if static_shm.OLD_KEY in self._config:
-            self._wrong(
-                static_shm.OLD_KEY,
-                f"the key is now {static_shm.KEY}",
-                f"rename it and write its entries as {static_shm.EXAMPLE}",
-            )
-        setting = self._config.get(static_shm.KEY)
-        if setting is None:
-            return ()
-        return static_shm.requests(setting, self._config.file, self.errors)
+        found: list[RegionRequest] = []
+        for key in static_shm.KEYS:
+            setting = self._config.get(key)
+            if setting is not None:
+                file = self._config.file
+                found += static_shm.requests(setting, file, self.errors, key=key)
+        for error in region_twice(found):
+            what, hint = error.message, error.hint
+            self.errors.append(ConfigError(what, hint=hint, **error.facts))
+        return tuple(found)
 
     def name(self, own_name: str) -> str:
         # As in xl, a list is no name.
@@ -112,7 +116,8 @@ class _Reader:
         if not name:
             place = self._config.place("name")
             hint = 'say name = "..."'
-            self.errors.append(config_error(place, "the guest has no name", hint=hint))
+            what = "the guest has no name"
+            self.errors.append(config_error(place, what, hint=hint, rule="bad-name"))
         return name
 
     def uuid(self) -> str:
@@ -181,6 +186,13 @@ class _Reader:
             return False
         return number != 0
 
+    def reserve(self) -> bool:
+        """Read a key of ours, which xl does not know."""
+        wish = self._text(MEMORY_MAP_KEY)
+        if wish not in (None, "reserve", "leave"):
+            self._wrong(MEMORY_MAP_KEY, f"'{shown(wish)}' is not known", "say reserve or leave")
+        return wish != "leave"
+
     def _number(self, key: str) -> int | None:
         text = self._text(key)
         if text is None:
@@ -203,4 +215,5 @@ class _Reader:
 
     def _wrong(self, key: str, what: str, hint: str) -> None:
         if self.strict:
-            self.errors.append(config_error(self._config.place(key), what, hint=hint))
+            place = self._config.place(key)
+            self.errors.append(config_error(place, what, hint=hint, rule=f"bad-{key}"))

@@ -179,6 +179,7 @@ def _decode(text: str | bytes, file: str) -> str:
             hint="this cannot be a guest's configuration",
             file=file,
             line=0,
+            rule="too-long",
         )
     nul = data.find(b"\0")
     if nul >= 0:
@@ -187,11 +188,17 @@ def _decode(text: str | bytes, file: str) -> str:
         return data.decode()
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
-        _fail(file, line, f"byte {data[err.start]:#04x} is not UTF-8", "save the file as UTF-8")
+        _fail(
+            file,
+            line,
+            f"byte {data[err.start]:#04x} is not UTF-8",
+            "save the file as UTF-8",
+            "not-utf-8",
+        )
 
 
-def _fail(file: str, line: int, what: str, hint: str) -> NoReturn:
-    raise ConfigUnreadable(f"{file}:{line}: {what}", hint=hint, file=file, line=line)
+def _fail(file: str, line: int, what: str, hint: str, rule: str = "not-xl") -> NoReturn:
+    raise ConfigUnreadable(f"{file}:{line}: {what}", hint=hint, file=file, line=line, rule=rule)
 
 
 class _Parser:

@@ -1,46 +1,40 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line of ``xshmctl``: verbs, options, and what xl's own ``create`` would take."""
+"""The command line of ``xshmctl``: its verbs and what each of them takes."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Final, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NoReturn
 
 from xshmd import __version__
+from xshmd.ctl import create_args
+from xshmd.ctl.arguments import add_dry_run, add_timeout, size, timeout
+from xshmd.ctl.verbs import DEFAULT_SOCKET, SOCKET_VARIABLE, VERBS, Options
 from xshmd.errors import UsageError
-from xshmd.varlink.client import DEFAULT_PATH
-
-DEFAULT_TIMEOUT_S: Final = 60
-MAX_TIMEOUT_S: Final = 3600
-_XL_FLAGS: Final = (
-    ("-q", "--quiet", "let xl print less"),
-    ("-d", None, "let xl print the parsed configuration"),
-    ("-e", None, "let no xl stay behind to watch the guest: it cannot reboot then"),
-    ("-i", "--ignore-global-affinity-masks", "ignore the vCPU masks of xl.conf"),
-    ("-V", "--vncviewer", "start a VNC viewer"),
-    ("-A", "--vncviewer-autopass", "start a VNC viewer and give it the password"),
-)
-"""Options of ``xl create`` that are handed to it as they are."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are ours."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> Any:
     """Return the options of a command line, complete and checked.
 
     Raises:
         UsageError: The command line is wrong.
     """
-    parser = _parser()
-    options, more = parser.parse_known_args(argv)
+    verb = _verb_in(argv)
+    parser, _ = parsers([verb]) if verb else parsers(VERBS, whole=False)
+    options: Any
+    options, more = parser.parse_known_args(argv, namespace=Options())
     if options.verb == "create":
-        _take_xl_words(options, more)
+        create_args.take_words(options, more)
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if options.json == "auto":
@@ -48,8 +42,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def print_help(verb: str | None) -> None:
+    """Print the help of a verb, or of the whole."""
+    if verb:
+        parsers([verb])[1][verb].print_help()
+    else:
+        parsers(VERBS, whole=False)[0].print_help()
+
+
+def parsers(
+    verbs: Iterable[str], *, whole: bool = True
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of command lines with one of these verbs, and that of each of them.
+
+    Args:
+        verbs: Which ones; to make them all takes as long as all else that xshmctl does.
+        whole: Whether with the verbs' own options.
+    """
+    parser = Parser(
         prog="xshmctl",
         description="Show and use the static shared memory of Xen guests.",
         epilog="Exit status: 0 ok, 1 failed, 2 wrong usage, 3 no daemon answers, 4 no such object, "
@@ -57,23 +67,41 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"xshmctl {__version__}")
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     _add_common(parser, suppressed=False)
     _add_common(common, suppressed=True)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def add(name: str, summary: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(
+    group = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name in verbs:
+        summary = VERBS[name]
+        made[name] = group.add_parser(
             name, help=summary, description=summary, parents=[common], allow_abbrev=False
         )
+        if whole and name in _ADDERS:
+            _ADDERS[name](made[name])
+    return parser, made
 
-    listing = add("list", "list regions, or guests")
-    listing.add_argument("--guests", action="store_true", help="list guests instead of regions")
-    show = add("show", "show everything about regions")
-    show.add_argument("ids", nargs="+", metavar="ID", help="id of a region")
-    _add_create(add("create", "create a guest with xl, whole or not at all"))
-    add("doctor", "say what on this machine is not as it should be")
-    return parser
+
+def _verb_in(argv: Sequence[str]) -> str:
+    """Return the verb of a command line; empty if it has none, as when it asks for help.
+
+    Raises:
+        UsageError: There is no such verb.  argparse would not say which may have been meant.
+    """
+    skip = False
+    for word in argv:
+        if skip or word.startswith("-"):
+            skip = word in ("--socket", "--json")
+        elif word in VERBS:
+            return word
+        else:
+            # Only for who mistyped: difflib takes long to import.
+            import difflib
+
+            close = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "xshmctl help names the verbs"
+            raise UsageError(f"there is no verb {word}", hint=hint)
+    return ""
 
 
 def _add_common(parser: argparse.ArgumentParser, *, suppressed: bool) -> None:
@@ -106,74 +134,103 @@ def _add_common(parser: argparse.ArgumentParser, *, suppressed: bool) -> None:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        default=default(os.environ.get("XSHMD_SOCKET") or DEFAULT_PATH),
-        help=f"the daemon's socket (default: $XSHMD_SOCKET or {DEFAULT_PATH})",
+        default=default(os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET),
+        help=f"the daemon's socket (default: ${SOCKET_VARIABLE} or {DEFAULT_SOCKET})",
     )
 
 
-def _add_create(create: argparse.ArgumentParser) -> None:
-    create.usage = "xshmctl create [--timeout S] [-N] CFG [KEY=VALUE...] [xl create's options]"
-    create.add_argument("words", nargs="*", metavar="CFG|KEY=VALUE", help="as for xl create")
-    create.add_argument(
-        "--timeout",
-        type=_timeout,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help=f"seconds to wait for the regions (default: {DEFAULT_TIMEOUT_S})",
+def _add_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guests", action="store_true", help="list guests instead of regions")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="+", metavar="REGION", help="id of a region")
+
+
+def _add_attach(parser: argparse.ArgumentParser) -> None:
+    add_dry_run(parser)
+    parser.add_argument("guest", metavar="GUEST", help="name or domain id of a running guest")
+    parser.add_argument(
+        "entries", nargs="+", metavar="ENTRY",
+        help="what it gets, as in static_shm: id=ID,begin=ADDRESS,size=BYTES,role=borrower",
+    )  # fmt: skip
+
+
+def _add_detach(parser: argparse.ArgumentParser) -> None:
+    add_dry_run(parser)
+    parser.add_argument("guest", metavar="GUEST", help="name or domain id of a running guest")
+    parser.add_argument("ids", nargs="+", metavar="REGION", help="id of a region")
+
+
+def _add_remove(parser: argparse.ArgumentParser) -> None:
+    add_dry_run(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="withdraw the regions from their members first"
     )
-    create.add_argument(
-        "-N",
-        "--dry-run",
-        "-n",
-        "--dryrun",
-        dest="dry_run",
-        action="store_true",
-        help="only check, and print what would be done",
+    parser.add_argument("ids", nargs="+", metavar="REGION", help="id of a region")
+
+
+def _add_monitor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=timeout, metavar="S", help="end after so many seconds (default: never)"
     )
-    create.add_argument("-f", "--defconfig", metavar="CFG", help="the configuration file")
-    create.add_argument("-p", dest="paused", action="store_true", help="leave the guest paused")
-    create.add_argument(
-        "-c", dest="console", action="store_true", help="attach to the console at the end"
-    )
-    create.add_argument("-F", dest="foreground", action="store_true", help=argparse.SUPPRESS)
-    for short, long, summary in _XL_FLAGS:
-        create.add_argument(
-            *filter(None, (short, long)),
-            dest="xl_flags",
-            action="append_const",
-            const=short,
-            help=summary,
-        )
 
 
-def _take_xl_words(options: argparse.Namespace, more: Sequence[str]) -> None:
-    """Sort the words of ``create`` as xl does: with a ``=`` a setting, else the one file."""
-    overrides: list[str] = []
-    for word in (*options.words, *more):
-        if word.startswith("-"):
-            raise UsageError(
-                f"xl create has no option {word} that xshmctl knows",
-                hint="see xshmctl create --help",
-            )
-        if "=" in word:
-            overrides.append(word)
-        elif options.defconfig is None:
-            options.defconfig = word
-        else:
-            raise UsageError(f"{options.defconfig} and {word} are two configuration files")
-    if options.defconfig is None:
-        raise UsageError(
-            "create needs a configuration file", hint="/dev/null if KEY=VALUE is to say everything"
-        )
-    if options.foreground:
-        raise UsageError(
-            "create cannot keep xl in the foreground: it would never get to unpause the guest",
-            hint="leave out -F, or use xl create -F, which xshmd serves just as well",
-        )
-    options.overrides = overrides
+def _add_wait(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("guest", metavar="GUEST", help="name or domain id of a guest")
+    add_timeout(parser)
 
 
-def _timeout(text: str) -> int:
-    if not text.isdecimal() or int(text) > MAX_TIMEOUT_S:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds up to {MAX_TIMEOUT_S}")
-    return int(text)
+def _add_dump(parser: argparse.ArgumentParser) -> None:
+    _add_offset(parser)
+    parser.add_argument(
+        "--length", type=size, metavar="BYTES",
+        help="how many bytes (default: to the region's end)",
+    )  # fmt: skip
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    add_dry_run(parser)
+    _add_offset(parser)
+
+
+def _add_offset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="REGION", help="id of the region")
+    parser.add_argument(
+        "--offset", type=size, default=0, metavar="BYTES",
+        help="where in the region to begin: bytes, or a number with KiB, MiB or GiB (default: 0)",
+    )  # fmt: skip
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    from xshmd.ctl import check
+
+    check.add_arguments(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from xshmd.ctl import convert
+
+    convert.add_arguments(parser)
+
+
+def _add_help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("about", nargs="?", choices=tuple(VERBS), metavar="VERB", help="a verb")
+
+
+_ADDERS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "list": _add_list,
+    "show": _add_show,
+    "create": create_args.add_arguments,
+    "attach": _add_attach,
+    "detach": _add_detach,
+    "remove": _add_remove,
+    "reload": add_dry_run,
+    "check": _add_check,
+    "convert": _add_convert,
+    "monitor": _add_monitor,
+    "wait": _add_wait,
+    "dump": _add_dump,
+    "load": _add_load,
+    "help": _add_help,
+}

@@ -8,7 +8,6 @@ only that: from the moment no domain has the guest's name until xl fails, one of
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +31,10 @@ _NO_REASON: Final = (
 """What a WaitGuest that only looks replies when it knows nothing of a failure."""
 
 
-def run(options: argparse.Namespace) -> int:
-    """Create a guest with its regions."""
+def run(options: Any) -> int:
+    """Create a guest with its regions; or, from a TOML file, the regions it has for the system."""
+    if options.defconfig.endswith(".toml"):
+        return _create_regions(options)
     text = config_text(options.defconfig, options.overrides)
     signals = Signals()
     with Client(options.socket) as client, signals.caught():
@@ -51,6 +52,31 @@ def run(options: argparse.Namespace) -> int:
             raise
     creation.report()
     return 0
+
+
+def _create_regions(options: Any) -> int:
+    if options.overrides or options.xl_flags or options.paused or options.console:
+        raise errors.UsageError(
+            f"{options.defconfig} has regions, not a guest: xl's options do not go with it"
+        )
+    # Only here: reading configurations takes longer to import than all the rest.
+    from xshmd.config.files import read_regular
+    from xshmd.config.toml import read_toml
+    from xshmd.ctl import changes
+    from xshmd.varlink.records import definition_fields
+
+    found = read_toml(read_regular(Path(options.defconfig)), file=options.defconfig)
+    if not found.regions:
+        raise errors.ConfigError(
+            f"{options.defconfig} defines no region that belongs to the system",
+            hint="one that has an owner is made when its owner starts, if the file is in "
+            "/etc/xshmd/regions.d",
+            file=options.defconfig,
+        )
+    if found.guests:
+        names = ", ".join(guest.name for guest in found.guests)
+        render.say(f"{names} get nothing of it: use xshmctl attach, or /etc/xshmd/regions.d")
+    return changes.apply(options, [{"add": definition_fields(each)} for each in found.regions])
 
 
 def config_text(file: str, overrides: list[str]) -> str:
@@ -83,7 +109,7 @@ def config_text(file: str, overrides: list[str]) -> str:
 class _Creation:
     """One guest on its way, and what has been begun for it."""
 
-    def __init__(self, options: argparse.Namespace, client: Client, signals: Signals) -> None:
+    def __init__(self, options: Any, client: Client, signals: Signals) -> None:
         self._options = options
         self._client = client
         self._signals = signals

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from xshmd import errors
 from xshmd.ctl import probe, render
@@ -12,7 +12,7 @@ from xshmd.ctl.probe import Check, Machine
 from xshmd.varlink.client import Client
 
 
-def run(options: argparse.Namespace, machine: Machine | None = None) -> int:
+def run(options: Any, machine: Machine | None = None) -> int:
     """Check the machine and print each finding."""
     found = [*probe.checks(machine or Machine()), *_live(options.socket)]
     if options.json != "off":

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from xshmd.ctl import render
 from xshmd.units import human_size
 from xshmd.varlink.client import Client
+
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 REGION_HEADER = ("ID", "SIZE", "LIFETIME", "OWNER", "HOLDER", "MEMBERS")
 GUEST_HEADER = ("NAME", "DOMAIN", "STATE", "HOLDER", "REGIONS")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Any) -> int:
     """List what there is."""
     with Client(options.socket) as client:
         reply = client.call("ListGuests" if options.guests else "ListRegions")

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 from xshmd.errors import XshmError
 from xshmd.units import Gfn, address_of
+
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 
 def complain(error: XshmError) -> None:
@@ -49,6 +53,18 @@ def print_table(
     if legend:
         count = f"{len(rows) or 'no'} {noun}{'' if len(rows) == 1 else 's'}"
         print(f"\n{count} listed." if rows else f"{count}.")
+
+
+def print_fields(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, a line each, the values below each other."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name + ':' if name else '':>{width + 1}} {printable(value)}")
+
+
+def flush() -> None:
+    """Have whoever reads us see what has been printed."""
+    sys.stdout.flush()
 
 
 def frame(gfn: int) -> str:

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from xshmd.ctl import render
 from xshmd.errors import NoSuchRegion
 from xshmd.units import human_size
 from xshmd.varlink.client import Client
 
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def run(options: argparse.Namespace) -> int:
+
+def run(options: Any) -> int:
     """Show each region; one that is not there does not hide the others."""
     status = 0
     shown = 0
@@ -42,19 +44,37 @@ def _print_region(region: dict[str, Any]) -> None:
         ("Owner", region.get("owner") or "the system"),
         ("Ready", "yes" if region["ready"] else "no, its memory is being prepared"),
         ("Holder", _holder(region)),
+        *_terms(region.get("terms") or {}),
     ]
     members = [_member(member) for member in region["members"]] or ["none"]
     lines += [("Members" if at == 0 else "", text) for at, text in enumerate(members)]
-    for label, text in lines:
-        print(f"{label + ':' if label else '':>12} {render.printable(text)}")
+    render.print_fields(lines)
 
 
 def _lifetime(word: str) -> str:
     meanings = {
+        "owner": "owner (ends with its owner)",
         "members": "members (freed when its last member has ended)",
         "system": "system (stays until it is removed)",
     }
     return meanings.get(word, word)
+
+
+def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is said of the region that is not as usual."""
+    found = []
+    if terms.get("prot") == "ro":
+        found.append(("Prot", "ro at the most"))
+    if terms.get("backing") == "host":
+        where = render.address(terms["hostFirstFrame"])
+        found.append(("Backing", f"memory of the host, from machine address {where} on"))
+    if terms.get("transport") == "grant":
+        found.append(("Transport", "grant (each guest maps it from grant references)"))
+    if isolation := terms.get("isolation"):
+        found.append(("Isolation", isolation))
+    if terms.get("protEnforcement") == "advisory":
+        found.append(("Enforcement", "advisory (protection that Xen cannot enforce binds nobody)"))
+    return found
 
 
 def _holder(region: dict[str, Any]) -> str:

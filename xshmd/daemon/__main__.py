@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how long regions wait for a guest that rebooted or crashed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--metrics-file", type=Path, metavar="PATH",
+        help="keep figures for Prometheus' node_exporter in this file (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     return parser
@@ -58,12 +62,14 @@ def _first_error(problem: BaseException) -> XshmError | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; return its exit status."""
     chosen = _parser().parse_args(arguments)
-    logs.set_up(chosen.log_level)
+    journal = logs.set_up(chosen.log_level)
     settings = app.Settings(
         socket_path=chosen.socket,
         options=Options(
             reboot_grace_s=chosen.reboot_grace, destroy_on_failure=chosen.on_failure == "destroy"
         ),
+        metrics_path=chosen.metrics_file,
+        journal=journal,
     )
     try:
         trio.run(app.run, settings)

@@ -7,22 +7,30 @@ import dataclasses
 import signal
 import time
 from pathlib import Path
+from typing import Final
 
 import structlog
 import trio
 
 from xshmd import __version__
 from xshmd.config.finder import Finder
+from xshmd.daemon import audit
+from xshmd.daemon.journal import Journal
+from xshmd.daemon.metrics import Exporter
 from xshmd.daemon.sdnotify import Notifier
 from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
+from xshmd.errors import XshmError
 from xshmd.varlink import server
 from xshmd.xen.hypervisor import XenHypervisor
 from xshmd.xen.libxl_lock import LibxlCreationLock
 from xshmd.xen.store import open_store
 
 log = structlog.get_logger()
+
+FLUSH_S: Final = 5.0
+"""How often a journal that did not take an entry is tried again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +39,10 @@ class Settings:
 
     socket_path: Path
     options: Options
+    metrics_path: Path | None = None
+    """The file with figures for Prometheus, if one is wanted."""
+    journal: Journal | None = None
+    """Where the log goes, if that is the journal itself."""
 
 
 class WallClock:
@@ -57,15 +69,30 @@ async def run(settings: Settings) -> None:
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+                if settings.journal is not None:
+                    nursery.start_soon(_flush_log, settings.journal)
+                # Before the engine: what it recovers is granted and withdrawn like the rest.
+                await nursery.start(audit.run, engine)
                 await nursery.start(engine.run)
                 listener = server.open_listener(settings.socket_path)
-                await nursery.start(server.serve, listener, dispatcher(engine))
+                served = dispatcher(audit.AuditedRegions(engine))
+                await nursery.start(server.serve, listener, served)
+                if settings.metrics_path is not None:
+                    nursery.start_soon(Exporter(engine, settings.metrics_path).run)
+                nursery.start_soon(_reload_on_signal, notifier, engine)
                 notifier.send("READY=1", f"STATUS={_status(engine)}")
                 log.info("ready", socket=str(settings.socket_path), status=_status(engine))
                 if notifier.watchdog_s:
                     nursery.start_soon(_feed_watchdog, notifier, engine)
     notifier.send("STOPPING=1")
     log.info("stopped")
+
+
+async def _flush_log(journal: Journal) -> None:
+    """Write what the journal did not take at once, should nothing be logged for a while."""
+    while True:
+        await trio.sleep(FLUSH_S)
+        journal.flush()
 
 
 def _say_skipped(file: str, reason: str) -> None:
@@ -83,6 +110,18 @@ async def _stop_on_signal(scope: trio.CancelScope) -> None:
             log.info("stopping", signal=signal.Signals(number).name)
             scope.cancel()
             return
+
+
+async def _reload_on_signal(notifier: Notifier, engine: Reconciler) -> None:
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            notifier.send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
+            try:
+                await engine.reload()
+            except XshmError as error:
+                log.error("not reloaded", reason=error.one_line(), **error.facts)
+            notifier.send("READY=1", f"STATUS={_status(engine)}")
 
 
 async def _feed_watchdog(notifier: Notifier, engine: Reconciler) -> None:

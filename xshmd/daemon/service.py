@@ -6,7 +6,11 @@ It turns records into replies and calls into records.  Nothing is decided here.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,27 +18,34 @@ import trio
 
 from xshmd import __version__
 from xshmd.config.guest import guest_config
+from xshmd.daemon.replies import host_fields, status_fields
 from xshmd.errors import NoSuchRegion
 from xshmd.model import (
+    AddRegion,
     Arch,
-    Guest,
+    AttachRegion,
+    Change,
+    DetachRegion,
+    Event,
     GuestConfig,
-    GuestState,
-    HostInfo,
-    Region,
-    RegionRequest,
-    Snapshot,
+    RemoveRegion,
 )
-from xshmd.policy.host import Finding, findings
 from xshmd.ports import RegionsApi
-from xshmd.units import PAGE_SIZE, DomId
-from xshmd.varlink import idl, wire
-from xshmd.varlink.dispatch import Dispatcher, Implementation, InvalidParameter, Method
+from xshmd.varlink import idl, records, wire
+from xshmd.varlink.dispatch import (
+    Dispatcher,
+    Emit,
+    Implementation,
+    InvalidParameter,
+    Method,
+    Stream,
+)
 from xshmd.varlink.wire import Parameters
 
 INTERFACE: Final = "io.xshmd.Regions"
 DEFAULT_WAIT_S: Final = 60
 MAX_WAIT_S: Final = 3600
+MAX_MONITOR_S: Final = 86400
 
 
 def dispatcher(api: RegionsApi) -> Dispatcher:
@@ -55,7 +66,7 @@ class RegionsService:
     def __init__(self, api: RegionsApi) -> None:
         self._api = api
 
-    def methods(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, Method | Stream]:
         """Return the method table, by the names of the interface definition."""
         return {
             "ListRegions": Method(run=self._list_regions),
@@ -66,21 +77,31 @@ class RegionsService:
             ),
             "WithdrawGuest": Method(run=self._withdraw_guest),
             "WaitGuest": Method(run=self._wait_guest, interruptible=True),
+            "AddRegion": Method(run=self._add_region),
+            "RemoveRegion": Method(run=self._remove_region),
+            "Attach": Method(run=self._attach, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
+            "Detach": Method(run=self._detach, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
+            "Apply": Method(run=self._apply, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
+            "Reload": Method(run=self._reload),
+            "ReadRegion": Method(run=self._read_region, interruptible=True),
+            "WriteRegion": Method(run=self._write_region, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
+            "Monitor": Stream(run=self._monitor),
+            "Status": Method(run=self._status),
             "GetHost": Method(run=self._get_host),
             "Ping": Method(run=self._ping),
         }
 
+    # -- what there is --------------------------------------------------------------------------
+
     async def _list_regions(self, _parameters: Parameters) -> Parameters:
-        snapshot = self._api.snapshot()
-        regions = sorted(snapshot.regions, key=lambda region: region.region_id)
-        return {"regions": [region_fields(region, snapshot) for region in regions]}
+        return {"regions": records.state_fields(self._api.snapshot())["regions"]}
 
     async def _show_region(self, parameters: Parameters) -> Parameters:
         region_id = parameters["id"]
         snapshot = self._api.snapshot()
         for region in snapshot.regions:
             if region.region_id == region_id:
-                return {"region": region_fields(region, snapshot)}
+                return {"region": records.region_fields(region, snapshot)}
         known = [region.region_id for region in snapshot.regions]
         raise NoSuchRegion(
             f"there is no region {region_id}",
@@ -89,9 +110,27 @@ class RegionsService:
         )
 
     async def _list_guests(self, _parameters: Parameters) -> Parameters:
-        snapshot = self._api.snapshot()
-        guests = sorted(snapshot.guests, key=lambda guest: (guest.name, guest.domid))
-        return {"guests": [guest_fields(guest, snapshot) for guest in guests]}
+        return {"guests": records.state_fields(self._api.snapshot())["guests"]}
+
+    async def _status(self, _parameters: Parameters) -> Parameters:
+        status = status_fields(self._api.snapshot(), self._api.statistics())
+        return {"status": status}
+
+    async def _monitor(self, parameters: Parameters, emit: Emit) -> Parameters:
+        timeout_s = _seconds(parameters, "timeoutSeconds", MAX_MONITOR_S)
+        deadline = math.inf if timeout_s is None else trio.current_time() + timeout_s
+        resync: bool | None = None
+        while True:
+            async with self._api.monitor() as events:
+                state = records.state_fields(self._api.snapshot())
+                await emit({"state": state, "resync": resync})
+                with contextlib.suppress(trio.EndOfChannel):
+                    while (event := await _received(events, deadline)) is not None:
+                        await emit({"event": records.event_fields(event)})
+                    return {}
+            resync = True
+
+    # -- a guest that is about to be made -------------------------------------------------------
 
     async def _declare_guest(self, parameters: Parameters) -> Parameters:
         # What xl makes of a configuration that says no type depends on the architecture.
@@ -100,7 +139,7 @@ class RegionsService:
         config = await trio.to_thread.run_sync(
             _parsed, parameters["text"], parameters["file"], arch
         )
-        await self._api.declare(config)
+        config = await self._api.declare(config)
         return {
             "name": config.name,
             "regions": [request.region_id for request in config.requests],
@@ -111,13 +150,79 @@ class RegionsService:
         return {}
 
     async def _wait_guest(self, parameters: Parameters) -> Parameters:
-        timeout_s = parameters["timeoutSeconds"]
+        timeout_s = _seconds(parameters, "timeoutSeconds", MAX_WAIT_S)
         if timeout_s is None:
             timeout_s = DEFAULT_WAIT_S
-        if not 0 <= timeout_s <= MAX_WAIT_S:
-            raise InvalidParameter("timeoutSeconds")
-        guest = await self._api.wait_guest(parameters["name"], float(timeout_s))
-        return {"guest": guest_fields(guest, self._api.snapshot())}
+        name = self._guest_name(parameters["name"])
+        guest = await self._api.wait_guest(name, float(timeout_s))
+        return {"guest": records.guest_fields(guest, self._api.snapshot())}
+
+    def _guest_name(self, word: str) -> str:
+        """Return the name of the guest that a name or a domid means; the word if none is known."""
+        guests = self._api.snapshot().guests
+        if any(guest.name == word for guest in guests):
+            return word
+        named = (guest.name for guest in guests if str(records.guest_domid(guest)) == word)
+        return next(named, word)
+
+    # -- changes --------------------------------------------------------------------------------
+
+    async def _add_region(self, parameters: Parameters) -> Parameters:
+        change = AddRegion(config=records.definition_from(parameters["region"]))
+        return await self._changed([change], parameters)
+
+    async def _remove_region(self, parameters: Parameters) -> Parameters:
+        change = RemoveRegion(region_id=parameters["id"], force=bool(parameters["force"]))
+        return await self._changed([change], parameters)
+
+    async def _attach(self, parameters: Parameters) -> Parameters:
+        guest = parameters["guest"]
+        return await self._changed(
+            [
+                AttachRegion(guest=guest, request=records.entry_from(entry))
+                for entry in parameters["entries"]
+            ],
+            parameters,
+        )
+
+    async def _detach(self, parameters: Parameters) -> Parameters:
+        guest = parameters["guest"]
+        return await self._changed(
+            [DetachRegion(guest=guest, region_id=each) for each in parameters["regions"]],
+            parameters,
+        )
+
+    async def _apply(self, parameters: Parameters) -> Parameters:
+        changes = [records.change_from(change) for change in parameters["changes"]]
+        return await self._changed(changes, parameters)
+
+    async def _changed(self, changes: list[Change], parameters: Parameters) -> Parameters:
+        steps = await self._api.apply(changes, dry_run=bool(parameters["dryRun"]))
+        return records.steps_fields(steps)
+
+    async def _reload(self, parameters: Parameters) -> Parameters:
+        steps = await self._api.reload(dry_run=bool(parameters["dryRun"]))
+        return records.steps_fields(steps)
+
+    # -- a region's bytes -----------------------------------------------------------------------
+
+    async def _read_region(self, parameters: Parameters) -> Parameters:
+        data = await self._api.read_region(
+            parameters["id"], parameters["offsetBytes"], parameters["byteCount"]
+        )
+        return {"data": base64.b64encode(data).decode("ascii")}
+
+    async def _write_region(self, parameters: Parameters) -> Parameters:
+        try:
+            data = base64.b64decode(parameters["data"], validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidParameter("data") from None
+        await self._api.write_region(
+            parameters["id"], parameters["offsetBytes"], data, dry_run=bool(parameters["dryRun"])
+        )
+        return {}
+
+    # -- the machine ----------------------------------------------------------------------------
 
     async def _get_host(self, _parameters: Parameters) -> Parameters:
         return {"host": host_fields(await self._api.host())}
@@ -130,86 +235,19 @@ def _parsed(text: str, file: str, arch: Arch) -> GuestConfig:
     return guest_config(text, file=file, arch=arch)
 
 
-def region_fields(region: Region, snapshot: Snapshot) -> Parameters:
-    """Return a region as the interface's ``Region``."""
-    members = [
-        member_fields(guest, request)
-        for guest in sorted(snapshot.guests, key=lambda guest: (guest.name, guest.domid))
-        for request in guest.requests
-        if request.region_id == region.region_id
-    ]
-    return {
-        "id": region.region_id,
-        "sizeBytes": region.size_bytes,
-        "frameCount": region.nr_frames,
-        "lifetime": region.lifetime.value,
-        "owner": region.owner or None,
-        "ready": region.ready,
-        "holderUuid": region.holder_uuid,
-        "holderDomainId": _holder_domid(region.holder_uuid, snapshot),
-        "holderFirstFrame": region.holder_first_gfn,
-        "members": members,
-    }
+async def _received(events: trio.MemoryReceiveChannel[Event], deadline: float) -> Event | None:
+    """Return the next event, or None at the deadline; no reply is ever cut off by it."""
+    with trio.CancelScope(deadline=deadline):
+        return await events.receive()
+    return None
 
 
-def member_fields(guest: Guest, request: RegionRequest) -> Parameters:
-    """Return a guest's part in a region as the interface's ``Member``."""
-    return {
-        "guest": guest.name,
-        "domainId": _domid(guest),
-        "state": guest.state.value,
-        "role": request.role.value,
-        "prot": request.prot.value,
-        "firstFrame": request.first_gfn,
-        "frameCount": request.nr_frames,
-        "offsetFrames": request.offset_frames,
-    }
-
-
-def guest_fields(guest: Guest, snapshot: Snapshot) -> Parameters:
-    """Return a guest as the interface's ``Guest``."""
-    return {
-        "name": guest.name,
-        "uuid": guest.uuid,
-        "domainId": _domid(guest),
-        "state": guest.state.value,
-        "holderDomainId": _holder_domid(guest.holder_uuid, snapshot),
-        "regions": [request.region_id for request in guest.requests],
-        "failure": guest.failure or None,
-    }
-
-
-def host_fields(host: HostInfo) -> Parameters:
-    """Return the host, and what follows from it, as the interface's ``Host``."""
-    return {
-        "arch": host.arch.value,
-        "xenVersion": host.xen_text,
-        "xenCommandLine": host.xen_command_line,
-        "hvm": host.has_hvm,
-        "hap": host.has_hap,
-        "freePages": host.free_pages,
-        "totalPages": host.total_pages,
-        "pageSize": PAGE_SIZE,
-        "findings": [_finding_fields(finding) for finding in findings(host)],
-    }
-
-
-def _finding_fields(finding: Finding) -> Parameters:
-    return {
-        "topic": finding.topic,
-        "verdict": finding.verdict.value,
-        "text": finding.text,
-        "hint": finding.hint or None,
-    }
-
-
-def _domid(guest: Guest) -> DomId | None:
-    """Return the guest's domid unless its domain has ended: Xen may give that one to another."""
-    return None if guest.state is GuestState.REBOOTING else guest.domid
-
-
-def _holder_domid(uuid: str, snapshot: Snapshot) -> DomId | None:
-    return next((holder.domid for holder in snapshot.holders if holder.uuid == uuid), None)
+def _seconds(parameters: Parameters, name: str, most: int) -> int | None:
+    """Return a time that was given, checked, or None."""
+    seconds: int | None = parameters[name]
+    if seconds is not None and not 0 <= seconds <= most:
+        raise InvalidParameter(name)
+    return seconds
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place that puts a holder's frames into a guest: checks, target, maps, all or nothing.
+"""The one place that puts frames into a guest: checks, target, maps, all or nothing.
 
 Everything here is synchronous hypercalls on a guest that stands still, in one thread, so that no
 other part of the daemon can come between a check and what it allows.
+
+A region's frames are its holder's or, with the host backing, the machine's own: those have no owner
+and no reference count, need no target, are mapped uncached, and nobody zeroes or wipes them, since
+they may be a device's.  Xen drops either kind with the guest.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from xshmd.engine.holders import enlarge_paging_pool
 from xshmd.errors import Conflict, DomainGone, HypercallFailed, Refused, XshmError
-from xshmd.model import Guest, Holder, Region, RegionRequest
+from xshmd.model import Backing, Guest, Holder, Region, RegionRequest
+from xshmd.policy.host_ranges import check_shareable
 from xshmd.ports import Hypervisor
-from xshmd.units import PAGE_SHIFT, SUPERPAGE_FRAMES, Gfn, address_of
+from xshmd.units import PAGE_SHIFT, SUPERPAGE_FRAMES, Gfn, Mfn, address_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mapping:
-    """Frames of a holder and where a guest is to have them."""
+    """Frames and where a guest is to have them."""
 
     request: RegionRequest
     holder_gfn: Gfn
+    """The first of them in the holder; with the host backing it says nothing."""
+    host_mfn: Mfn | None = None
+    """The first of them on the machine, with the host backing; otherwise None."""
 
 
 def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
@@ -40,7 +48,6 @@ def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
                 hint="start the guest again",
                 region=request.region_id,
             )
-        first = Gfn(region.holder_first_gfn + request.offset_frames)
         if request.offset_frames + request.nr_frames > region.nr_frames:
             # The rules said so before; this is where it would hand out somebody else's frames.
             raise Conflict(
@@ -49,8 +56,27 @@ def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
                 hint="start the guest again",
                 region=request.region_id,
             )
-        wanted.append(Mapping(request=request, holder_gfn=first))
+        wanted.append(_mapping(request, region))
     return tuple(wanted)
+
+
+def _mapping(request: RegionRequest, region: Region) -> Mapping:
+    holder_gfn = Gfn(region.holder_first_gfn + request.offset_frames)
+    if region.terms.backing is Backing.HOLDER:
+        return Mapping(request=request, holder_gfn=holder_gfn)
+    if region.terms.host_first_mfn is None:
+        raise AssertionError(f"region {region.region_id} is the host's and nowhere there")
+    host_mfn = Mfn(region.terms.host_first_mfn + request.offset_frames)
+    return Mapping(request=request, holder_gfn=holder_gfn, host_mfn=host_mfn)
+
+
+Span = tuple[Gfn, int]
+"""Frames of a guest: the first, and how many."""
+
+
+def span_of(request: RegionRequest) -> Span:
+    """Return where a guest has what it requests."""
+    return request.first_gfn, request.nr_frames
 
 
 def check(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> None:
@@ -66,10 +92,23 @@ def check(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> None:
     _verify_guest(xen, guest, wanted)
     for mapping in wanted:
         _check_empty(xen, guest, mapping.request)
+    host_ranges = xen.host_ranges() if any(one.host_mfn is not None for one in wanted) else ()
+    for mapping in wanted:
+        if mapping.host_mfn is not None:
+            request = mapping.request
+            check_shareable(
+                host_ranges, request.region_id, mapping.host_mfn, request.nr_frames, request.place
+            )
 
 
 def attach(
-    xen: Hypervisor, guest: Guest, holder: Holder, wanted: Sequence[Mapping], *, again: bool
+    xen: Hypervisor,
+    guest: Guest,
+    holder: Holder,
+    wanted: Sequence[Mapping],
+    *,
+    again: bool,
+    with_tables: Collection[Span] = (),
 ) -> None:
     """Map everything a guest is to have, or leave it as it was found.
 
@@ -81,6 +120,8 @@ def attach(
         again: True if an earlier attempt may have done some of it: then what is there is removed
             first.  Mapping the same page twice at one frame is an error on x86, and on Arm leaks
             the page for the life of the host (xen/arch/arm/mmu/p2m.c, ``__p2m_set_entry``).
+        with_tables: Where the guest had regions before: the tables for them are still there, as
+            neither architecture frees a table that has become empty.
 
     Raises:
         DomainGone: the guest ended meanwhile.
@@ -89,24 +130,41 @@ def attach(
     _verify_guest(xen, guest, wanted)
     if again:
         for mapping in wanted:
-            xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
-    enlarge_paging_pool(xen, guest.domid, [mapping.request.nr_frames for mapping in wanted])
+            _unmap(xen, guest, mapping)
+    new = [one for one in map(span_of, (m.request for m in wanted)) if one not in with_tables]
+    if new:
+        enlarge_paging_pool(xen, guest.domid, [nr_frames for _, nr_frames in new])
     _verify_holder(xen, holder)
     done: list[Mapping] = []
     try:
-        _set_target(xen, guest, holder, again=again)
+        # Who has nothing of the holder's gets no power over it.
+        if any(mapping.host_mfn is None for mapping in wanted):
+            _set_target(xen, guest, holder, again=again)
         for mapping in wanted:
-            request = mapping.request
-            xen.map_foreign(
-                guest.domid, request.first_gfn, holder.domid, mapping.holder_gfn, request.nr_frames
-            )
+            _map(xen, guest, holder, mapping)
             done.append(mapping)
     except XshmError as error:
         for mapping in done:
-            xen.unmap(guest.domid, mapping.request.first_gfn, mapping.request.nr_frames)
+            _unmap(xen, guest, mapping)
         if isinstance(error, DomainGone) and xen.domain_info(guest.domid) is not None:
             raise _holder_gone(holder) from error  # ESRCH does not say which of the two
         raise
+
+
+def _map(xen: Hypervisor, guest: Guest, holder: Holder, mapping: Mapping) -> None:
+    first_gfn, nr_frames = mapping.request.first_gfn, mapping.request.nr_frames
+    if mapping.host_mfn is None:
+        xen.map_foreign(guest.domid, first_gfn, holder.domid, mapping.holder_gfn, nr_frames)
+    else:
+        xen.map_host_range(guest.domid, first_gfn, mapping.host_mfn, nr_frames)
+
+
+def _unmap(xen: Hypervisor, guest: Guest, mapping: Mapping) -> None:
+    first_gfn, nr_frames = mapping.request.first_gfn, mapping.request.nr_frames
+    if mapping.host_mfn is None:
+        xen.unmap(guest.domid, first_gfn, nr_frames)
+    else:
+        xen.unmap_host_range(guest.domid, first_gfn, mapping.host_mfn, nr_frames)
 
 
 def _verify_guest(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> None:
@@ -190,3 +248,28 @@ def _set_target(xen: Hypervisor, guest: Guest, holder: Holder, *, again: bool) -
         if not again:
             error.add_note(f"guest {guest.name} was to have the target {holder.uuid}")
             raise
+
+
+def detach(
+    xen: Hypervisor, guest: Guest, requests: Iterable[RegionRequest], regions: Iterable[Region]
+) -> None:
+    """Unmap these requests' frames from a guest that is held still by a pause of ours.
+
+    Args:
+        xen: The hypervisor.
+        guest: The guest.
+        requests: What is to be taken from it.
+        regions: The regions that are known; they say whose the frames are.
+
+    Raises:
+        DomainGone: the guest ended meanwhile, and its mappings with it.
+        Conflict: somebody else unpaused it; nothing is done.
+    """
+    _verify_guest(xen, guest, ())
+    by_id = {region.region_id: region for region in regions}
+    for request in requests:
+        region = by_id.get(request.region_id)
+        if region is None:  # no host memory: those are known for as long as a guest has them
+            xen.unmap(guest.domid, request.first_gfn, request.nr_frames)
+        else:
+            _unmap(xen, guest, _mapping(request, region))

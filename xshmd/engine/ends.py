@@ -8,6 +8,8 @@ from typing import Final
 
 import structlog
 
+from xshmd.engine.changes import Changes
+from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import NO_DOMAIN, Holders
 from xshmd.engine.ledger import Ledger
@@ -19,11 +21,13 @@ from xshmd.model import (
     SHUTDOWN_REBOOT,
     SHUTDOWN_WATCHDOG,
     DomainInfo,
+    EventKind,
     Guest,
     GuestState,
     Holder,
     Lifetime,
     Region,
+    Role,
 )
 from xshmd.ports import Clock, Store
 from xshmd.units import human_size
@@ -32,6 +36,8 @@ log = structlog.get_logger()
 
 COMES_BACK: Final = frozenset({SHUTDOWN_REBOOT, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG})
 """Ways a guest ends itself after which xl, as it is usually told to, makes it anew."""
+_THROUGH: Final = (GuestState.ATTACHED, GuestState.REBOOTING)
+"""States of guests that have come through the gate."""
 
 
 class Ends:
@@ -45,8 +51,11 @@ class Ends:
         ledger: Ledger,
         holders: Holders,
         gate: Gate,
+        changes: Changes,
+        hub: EventHub,
         options: Options,
     ) -> None:
+        self._changes, self._hub = changes, hub
         self._store, self._clock, self._ledger = store, clock, ledger
         self._holders, self._gate, self._options = holders, gate, options
         self._reasons: dict[str, int] = {}
@@ -68,10 +77,13 @@ class Ends:
         self._gate.forget(guest)
         await remove_stray(self._store, guest.domid)
         reason = self._reasons.pop(guest.generation, SHUTDOWN_POWEROFF)
+        if guest.state is GuestState.ATTACHED:
+            self._hub.left(guest, guest.requests, "guest ended")
         if guest.state is GuestState.ATTACHED and reason in COMES_BACK:
             await self._ledger.put_guest(
                 dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=self._clock.now())
             )
+            self._hub.about_guest(EventKind.GUEST_AWAITED, guest)
             log.info("guest awaited", guest=guest.name, domid=guest.domid)
             return self._options.reboot_grace_s
         await self._ledger.drop_guest(guest.generation)
@@ -93,6 +105,8 @@ class Ends:
             elif self._clock.now() - guest.ended_at >= self._options.reboot_grace_s:
                 await self._ledger.drop_guest(guest.generation)
                 log.info("guest no longer awaited", guest=guest.name)
+        await self._note_owners()
+        await self._withdraw_orphans()
         for holder in self._ledger.holders:
             theirs = [r for r in self._ledger.regions if r.holder_uuid == holder.uuid]
             unused = [region for region in theirs if self._is_unused(region)]
@@ -100,10 +114,40 @@ class Ends:
                 await self._free_all(holder, theirs)
             else:
                 for region in unused:
-                    await self._holders.free_region(region)
+                    await self._holders.free_region(region, reason="its last member ended")
+
+    async def _note_owners(self) -> None:
+        """Write down of regions that were made before their owner came that it has come."""
+        for guest in self._ledger.guests:
+            if guest.state not in _THROUGH:
+                continue
+            for request in guest.requests:
+                region = self._ledger.region(request.region_id)
+                if request.role is Role.OWNER and region is not None and not region.owner_came:
+                    await self._ledger.put_region(dataclasses.replace(region, owner_came=True))
+
+    async def _withdraw_orphans(self) -> None:
+        """Take the regions whose owner is gone for good from those that borrow them."""
+        begun = {one for intent in self._ledger.intents for one in intent.removes}
+        there = {g.name for g in self._ledger.guests if g.state is not GuestState.DOOMED}
+        orphans = [
+            region
+            for region in self._ledger.regions
+            if region.lifetime is Lifetime.OWNER and region.owner_came
+            if region.owner not in there and self._is_settled(region)
+            if region.region_id not in begun
+        ]
+        if orphans:
+            await self._changes.withdraw(orphans, "owner gone")
+
+    def _is_settled(self, region: Region) -> bool:
+        """Return whether it has members, none of which is being given it just now."""
+        members = self._ledger.members(region.region_id)
+        return bool(members) and all(guest.state in _THROUGH for guest in members)
 
     def _is_unused(self, region: Region) -> bool:
-        return region.lifetime is Lifetime.MEMBERS and not self._ledger.members(region.region_id)
+        lasts = region.lifetime is Lifetime.SYSTEM
+        return not lasts and not self._ledger.members(region.region_id)
 
     def _is_targeted(self, holder: Holder) -> bool:
         return any(guest.holder_uuid == holder.uuid for guest in self._ledger.guests)
@@ -116,6 +160,7 @@ class Ends:
         await self._holders.destroy(holder)
         for region in regions:
             await self._ledger.drop_region(region.region_id)
+            self._hub.about_region(EventKind.REGION_REMOVED, region, "its last member ended")
             log.info("region freed", region=region.region_id, size=human_size(region.size_bytes))
 
     async def check_holders(self, domains: dict[int, DomainInfo]) -> None:

@@ -42,6 +42,7 @@ class Gate:
         self._xen, self._store, self._ledger, self._locks = xen, store, ledger, locks
         self._seen: dict[DomId, str] = {}
         self._held: dict[tuple[DomId, str], HeldLock] = {}
+        self._looking_at: set[DomId] = set()
         self.had_run: set[str] = set()
         """Generations of guests that had run before they could be held."""
 
@@ -52,6 +53,10 @@ class Gate:
     def adopt_holder(self, domid: DomId, uuid: str) -> None:
         """Say that this domain is a holder of ours."""
         self._seen[domid] = uuid
+
+    def has_looked_at(self, domid: DomId) -> bool:
+        """Return whether the domain is known here: if it is to have regions, so does the ledger."""
+        return domid in self._seen and domid not in self._looking_at
 
     def forget(self, guest: Guest) -> None:
         """Say that this guest is gone, so that its domid is a new domain when it comes again."""
@@ -102,10 +107,13 @@ class Gate:
                 del self._seen[gone]
         for domid in domids:
             if domid not in self._seen or (match is not None and match[2] is None):
+                self._looking_at.add(domid)
                 try:
                     await self._look_at(domid, at_start=at_start)
                 except HypercallFailed as error:  # one domain's trouble is not the others'
                     log.warning("gate could not hold", domid=domid, reason=error.one_line())
+                finally:
+                    self._looking_at.discard(domid)
         if match is None or match[2] is None:
             on_change()
 

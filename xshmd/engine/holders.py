@@ -7,19 +7,23 @@ the holder's domid cannot be given to another domain, so what was verified stays
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
 
+from xshmd.engine.events import EventHub
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, StoreTrouble, XshmError
-from xshmd.model import DomainInfo, Holder, Lifetime, Region
+from xshmd.model import NOWHERE, Backing, DomainInfo, Event, EventKind, Holder, Region
+from xshmd.policy.host_ranges import check_shareable
 from xshmd.policy.identity import new_holder_uuid
+from xshmd.policy.plan import NewRegion
 from xshmd.ports import Hypervisor, PageMap, Store
-from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, bytes_of, human_size
+from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, Mfn, bytes_of, human_size
 
 log = structlog.get_logger()
 
@@ -29,7 +33,7 @@ FIRST_REGION_GFN: Final = Gfn(ANCHOR_GFN + SUPERPAGE_FRAMES)
 NO_DOMAIN: Final = DomId(-1)
 """In a holder's record: the domain is about to be made."""
 WIPE_FRAMES: Final = 4096
-"""Frames looked at and wiped at a time."""
+"""Frames looked at and wiped, or copied, at a time."""
 POOL_SLACK_FRAMES: Final = 16
 """Paging-pool frames beyond the computed need: top-level tables, and Xen's own rounding."""
 
@@ -63,11 +67,13 @@ class Holders:
         worker: XenWorker,
         store: Store,
         ledger: Ledger,
+        hub: EventHub,
         *,
         floor_bytes: int,
         on_created: Callable[[Holder], None],
     ) -> None:
         self._xen, self._worker, self._store, self._ledger = xen, worker, store, ledger
+        self._hub = hub
         self._floor_bytes, self._on_created = floor_bytes, on_created
         self._anchors: dict[str, PageMap] = {}
 
@@ -93,6 +99,7 @@ class Holders:
         self.verify(holder)
         await self._name(holder)
         self._on_created(holder)
+        self._say(EventKind.HOLDER_CREATED, holder)
         log.info("holder created", holder=holder.uuid, domid=domid)
         return holder
 
@@ -158,8 +165,12 @@ class Holders:
         await self._worker.run(self._destroy_now, holder, anchor)
         if holder.domid != NO_DOMAIN:
             await self._remove_nodes(holder)
+            self._say(EventKind.HOLDER_DESTROYED, holder)
         await self._ledger.drop_holder(holder.uuid)
         log.info("holder destroyed", holder=holder.uuid, domid=holder.domid)
+
+    def _say(self, kind: EventKind, holder: Holder, reason: str = "") -> None:
+        self._hub.emit(Event(kind=kind, domid=holder.domid, holder_uuid=holder.uuid, reason=reason))
 
     def _destroy_now(self, holder: Holder, anchor: PageMap | None) -> None:
         for info in self._xen.domains():
@@ -183,6 +194,7 @@ class Holders:
             # is another domain's by now, so are they.
             await self._remove_nodes(holder)
         await self._ledger.drop_holder(holder.uuid)
+        self._say(EventKind.HOLDER_LOST, holder, "destroyed by somebody else")
 
     async def _remove_nodes(self, holder: Holder) -> None:
         await self._store.remove(f"/local/domain/{holder.domid}")
@@ -191,37 +203,107 @@ class Holders:
     # -- regions in it --------------------------------------------------------------------------
 
     async def add_region(
-        self, holder_uuid: str, region_id: str, nr_frames: int, *, owner: str, lifetime: Lifetime
+        self, holder_uuid: str, new: NewRegion, *, reason: str, owner_came: bool = False
     ) -> Region:
-        """Give the holder fresh, zeroed frames for a region.
+        """Give the holder fresh, zeroed frames for a region; host memory is left as it is.
+
+        Args:
+            holder_uuid: The holder.
+            new: What is to be made.
+            reason: Why, for the event of it.
+            owner_came: Whether it is the region's owner that it is made for.
 
         Raises:
             OutOfMemory: the host has not that much, or too little would be left; nothing is done.
         """
+        region_id, nr_frames = new.region_id, new.nr_fresh_frames
+        if new.terms.backing is Backing.HOST:
+            self._check_host_memory(new)
         holder = self._ledger.holder(holder_uuid)
         if holder is None:
             raise Conflict(
                 f"the holder of region {region_id} is gone", hint="start the guest again"
             )
         self.check_memory(f"region {region_id}", nr_frames)
-        first = Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
         region = Region(
-            region_id=region_id, nr_frames=nr_frames, holder_uuid=holder.uuid,
-            holder_first_gfn=first, owner=owner, lifetime=lifetime,
+            region_id=region_id, nr_frames=new.nr_frames, holder_uuid=holder.uuid,
+            holder_first_gfn=self._next_gfn(holder), owner=new.owner, owner_came=owner_came,
+            lifetime=new.lifetime, terms=new.terms, from_file=new.from_file,
         )  # fmt: skip
+        await self._populate(holder, region, nr_frames)
+        region = await self._ledger.put_region(dataclasses.replace(region, ready=True))
+        self._hub.about_region(EventKind.REGION_CREATED, region, reason)
+        return region
+
+    @staticmethod
+    def _next_gfn(holder: Holder) -> Gfn:
+        return Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
+
+    async def _populate(self, holder: Holder, region: Region, nr_frames: int) -> None:
+        """Record a region that is not ready, and make its frames, of which there may be none."""
+        first = region.holder_first_gfn
         # In this order: should only the first arrive, frames are passed over, never used twice.
         await self._ledger.put_holder(
             dataclasses.replace(holder, next_gfn=Gfn(first + nr_frames)), and_region=region
         )
         try:
             self.verify(holder)
-            await self._worker.run(self._populate_now, holder.domid, first, nr_frames)
+            if nr_frames:
+                await self._worker.run(self._populate_now, holder.domid, first, nr_frames)
         except StoreTrouble:
             raise  # the unready record says what to undo
         except XshmError:
-            await self._ledger.drop_region(region_id)
+            await self._ledger.drop_region(region.region_id)
             raise
-        return await self._ledger.put_region(dataclasses.replace(region, ready=True))
+
+    async def move_region(self, region: Region, holder_uuid: str, *, reason: str) -> None:
+        """Have a region that no guest has in another holder, with all that is in it.
+
+        Raises:
+            OutOfMemory: the host cannot have it twice for a moment; nothing is done.
+        """
+        old, holder = self._ledger.holder(region.holder_uuid), self._ledger.holder(holder_uuid)
+        if old is None or holder is None:
+            raise Conflict(
+                f"a holder of region {region.region_id} is gone", hint="start the guest again"
+            )
+        if region.terms.backing is Backing.HOST:
+            await self._ledger.put_region(dataclasses.replace(region, holder_uuid=holder_uuid))
+            return
+        self.check_memory(f"region {region.region_id}, for a moment twice,", region.nr_frames)
+        moved = dataclasses.replace(
+            region, holder_uuid=holder_uuid, holder_first_gfn=self._next_gfn(holder)
+        )
+        # No region can have this id, so it is nobody's; unready, so it goes if we are cut off.
+        other_id = f"{region.region_id}-moving"
+        copy = dataclasses.replace(moved, region_id=other_id, ready=False)
+        await self._populate(holder, copy, region.nr_frames)
+        self.verify(old)
+        await self._worker.run(self._copy_now, old.domid, region, holder.domid, moved)
+        left = dataclasses.replace(region, region_id=other_id, ready=False)
+        await self._ledger.swap_regions(moved, left)
+        await self._free_frames(left)
+        log.info("region moved", region=region.region_id, holder=holder_uuid, reason=reason)
+
+    def _copy_now(self, source: DomId, region: Region, target: DomId, copy: Region) -> None:
+        for start in range(0, region.nr_frames, WIPE_FRAMES):
+            count = min(WIPE_FRAMES, region.nr_frames - start)
+            there = self._xen.map_pages(
+                source, Gfn(region.holder_first_gfn + start), count, writable=False
+            )
+            with contextlib.closing(there):
+                here = self._xen.map_pages(
+                    target, Gfn(copy.holder_first_gfn + start), count, writable=True
+                )
+                with contextlib.closing(here):
+                    here.write(0, there.read(0, bytes_of(count)))
+
+    def _check_host_memory(self, new: NewRegion) -> None:
+        first_mfn = new.terms.host_first_mfn
+        if first_mfn is None:
+            raise AssertionError(f"region {new.region_id} is the host's and nowhere there")
+        ranges = self._xen.host_ranges()
+        check_shareable(ranges, new.region_id, Mfn(first_mfn), new.nr_frames, NOWHERE)
 
     def check_memory(self, what: str, nr_frames: int) -> None:
         """Raise OutOfMemory if the host has too little for ``what``, a region so large."""
@@ -252,16 +334,20 @@ class Holders:
         finally:
             self._xen.set_max_pages(domid, 0)
 
-    async def free_region(self, region: Region) -> None:
+    async def free_region(self, region: Region, *, reason: str) -> None:
         """Wipe and free a region's frames; no member may have them any more."""
-        holder = self._ledger.holder(region.holder_uuid)
         if region.ready:
             await self._ledger.put_region(dataclasses.replace(region, ready=False))
-        if holder is not None:
+        await self._free_frames(region)
+        self._hub.about_region(EventKind.REGION_REMOVED, region, reason)
+        log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
+
+    async def _free_frames(self, region: Region) -> None:
+        holder = self._ledger.holder(region.holder_uuid)
+        if holder is not None and region.terms.backing is Backing.HOLDER:
             self.verify(holder)
             await self._worker.run(self._depopulate_now, holder.domid, region)
         await self._ledger.drop_region(region.region_id)
-        log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
 
     def _depopulate_now(self, domid: DomId, region: Region) -> None:
         # Wiped by us: the pages of a domain that lives go back to Xen's heap as they are.  Of a

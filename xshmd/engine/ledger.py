@@ -6,13 +6,15 @@ Synchronization: only the reconciler writes; readers take :meth:`Ledger.snapshot
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from xshmd.engine import records
+from xshmd.engine import intents, records
+from xshmd.engine.intents import Intent, Part
 from xshmd.errors import StoreError
 from xshmd.model import Guest, Holder, Region, Snapshot
-from xshmd.ports import Store
+from xshmd.ports import Store, StoreTransaction
 from xshmd.units import DomId
 
 R = TypeVar("R")
@@ -26,6 +28,7 @@ class Ledger:
         self._holders: dict[str, Holder] = {}
         self._regions: dict[str, Region] = {}
         self._guests: dict[str, Guest] = {}
+        self._intents: dict[str, Intent] = {}
         self._doubtful: set[str] = set()
 
     async def load(self) -> tuple[StoreError, ...]:
@@ -36,13 +39,36 @@ class Ledger:
         if await self._store.read(records.ROOT) is None:
             await self._store.write(records.ROOT, "")
             await self._store.set_permissions(records.ROOT, records.ROOT_PERMISSIONS)
+            # A set of changes is removed with all below it, which leaves its parent behind.
+            await self._store.write(intents.ROOT, "")
         holders, bad_holders = await self._load("holders", records.decode_holder)
         regions, bad_regions = await self._load("regions", records.decode_region)
         guests, bad_guests = await self._load("guests", records.decode_guest)
         self._holders = {holder.uuid: holder for holder in holders}
         self._regions = {region.region_id: region for region in regions}
         self._guests = {guest.generation: guest for guest in guests}
-        return (*bad_holders, *bad_regions, *bad_guests)
+        bad_intents = await self._load_intents()
+        return (*bad_holders, *bad_regions, *bad_guests, *bad_intents)
+
+    async def _load_intents(self) -> list[StoreError]:
+        bad: list[StoreError] = []
+        for intent_id in await self._store.directory(intents.ROOT) or ():
+            at = intents.intent_path(intent_id)
+            names = await self._store.directory(at) or ()
+            head, *texts = await self._store.read_many([at, *(f"{at}/{name}" for name in names)])
+            below = {
+                name: text for name, text in zip(names, texts, strict=True) if text is not None
+            }
+            try:
+                intent = intents.decode(intent_id, head or "", below)
+            except StoreError as error:
+                bad.append(error)
+                continue
+            if intent is None:
+                await self._store.remove(at)
+            else:
+                self._intents[intent_id] = intent
+        return bad
 
     async def _load(
         self, kind: str, decode: Callable[[str, str], R]
@@ -78,6 +104,14 @@ class Ledger:
     @property
     def holders(self) -> tuple[Holder, ...]:
         return tuple(self._holders.values())
+
+    @property
+    def intents(self) -> tuple[Intent, ...]:
+        return tuple(self._intents.values())
+
+    def intent(self, intent_id: str) -> Intent | None:
+        """Return the set of changes with this id, if it is under way."""
+        return self._intents.get(intent_id)
 
     def holder(self, uuid: str) -> Holder | None:
         """Return the holder with this UUID, if there is one."""
@@ -115,12 +149,23 @@ class Ledger:
     async def settle(self) -> None:
         """Make xenstore say what memory does, where an answer was lost and nobody knows."""
         for path in tuple(self._doubtful):
+            if path.startswith(f"{intents.ROOT}/"):
+                await self._settle_intent(path)
+                continue
             text = self._text(path)
             if text is None:
                 await self._store.remove(path)
             else:
                 await self._store.write(path, text)
             self._doubtful.discard(path)
+
+    async def _settle_intent(self, path: str) -> None:
+        intent = self._intents.get(path.split("/")[3])
+        if intent is None:
+            await self._store.remove(path)
+        else:
+            await self._store.write_many(intents.nodes(intent))
+        self._doubtful.discard(path)
 
     def _text(self, path: str) -> str | None:
         record = (
@@ -167,6 +212,21 @@ class Ledger:
         self._regions[region.region_id] = region
         return region
 
+    async def swap_regions(self, one: Region, other: Region) -> None:
+        """Record two regions at once: both are written, or neither."""
+        texts = {records.region_path(r.region_id): records.encode(r) for r in (one, other)}
+
+        async def write(inside: StoreTransaction) -> None:
+            for path, text in texts.items():
+                await inside.write(path, text)
+
+        try:
+            await self._store.transact(write)
+        except BaseException:
+            self._doubtful.update(texts)
+            raise
+        self._regions |= {one.region_id: one, other.region_id: other}
+
     def know(self, guest: Guest) -> Guest:
         """Believe something of a guest that need not be written down: it can be found out again."""
         if guest.generation in self._guests:
@@ -193,3 +253,40 @@ class Ledger:
         """Forget one life of a guest."""
         await self._remove(records.guest_path(generation))
         self._guests.pop(generation, None)
+
+    # -- sets of changes ------------------------------------------------------------------------
+
+    async def begin_intent(self, intent: Intent) -> Intent:
+        """Record a set of changes before anything of it is done."""
+        *before, (at, head) = intents.nodes(intent)
+        try:
+            await self._store.write_many([*before, (at, head)])
+        except BaseException:
+            self._doubtful.add(at)
+            raise
+        self._intents[intent.id] = intent
+        return intent
+
+    async def commit_intent(self, intent: Intent) -> Intent:
+        """Record that a set is to be finished from now on, whatever happens."""
+        committed = dataclasses.replace(intent, is_committed=True)
+        await self._write(intents.intent_path(intent.id), intents.encode_head(committed))
+        self._intents[intent.id] = committed
+        return committed
+
+    async def put_part(self, intent_id: str, part: Part) -> Part:
+        """Record how far one guest's part in a set has come."""
+        await self._write(intents.part_path(intent_id, part.generation), intents.encode_part(part))
+        return self.know_part(intent_id, part)
+
+    def know_part(self, intent_id: str, part: Part) -> Part:
+        """Believe it without writing it down: Xen's pause count says the same."""
+        intent = self._intents.get(intent_id)
+        if intent is not None:
+            self._intents[intent_id] = intent.with_part(part)
+        return part
+
+    async def drop_intent(self, intent_id: str) -> None:
+        """Forget a set of changes that is over."""
+        await self._remove(intents.intent_path(intent_id))
+        self._intents.pop(intent_id, None)

@@ -9,7 +9,7 @@ before xl makes the first device; a device that is there already is found throug
 from __future__ import annotations
 
 from xshmd.model import Guest
-from xshmd.ports import Store
+from xshmd.ports import Store, StoreTransaction
 from xshmd.units import DomId
 
 
@@ -28,13 +28,20 @@ async def remove_leftovers(store: Store, guest: Guest) -> None:
 
 
 async def _remove_with_parents(store: Store, backend: str) -> None:
-    """Remove a backend's node, and the directories above it that are then empty, as libxl does."""
-    path = backend
-    while path.count("/") > 3:  # /local/domain/N stays
-        await store.remove(path)
-        path = path.rpartition("/")[0]
-        if await store.directory(path):
-            return
+    """Remove a backend's node, and the directories above it that are then empty, as libxl does.
+
+    In a transaction, since another guest's backend may be made in one of them at that moment.
+    """
+
+    async def remove(inside: StoreTransaction) -> None:
+        path = backend
+        while path.count("/") > 3:  # /local/domain/N stays
+            await inside.remove(path)
+            path = path.rpartition("/")[0]
+            if await inside.directory(path):
+                return
+
+    await store.transact(remove)
 
 
 async def remove_stray(store: Store, domid: DomId) -> None:
@@ -44,5 +51,8 @@ async def remove_stray(store: Store, domid: DomId) -> None:
     bring it back for ever.
     """
     at = f"/local/domain/{domid}"
-    if await store.directory(at) == ("xshm",):
+    left = set(await store.directory(at) or ())
+    if "device" in left:
+        left |= set(await store.directory(f"{at}/device") or ()) - {"suspend"}
+    if left and left <= {"xshm", "device"}:
         await store.remove(at)

@@ -9,28 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Final
 
 import structlog
 import trio
 
 from xshmd.engine import records
 from xshmd.engine.attach import attach, check, mappings
+from xshmd.engine.discovery import reserve_in_memory_map
+from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.options import Options
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
-from xshmd.model import Guest, GuestConfig, GuestState
+from xshmd.model import EventKind, Guest, GuestConfig, GuestState
 from xshmd.policy.plan import GuestPlan, plan_guest
 from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
 from xshmd.units import DomId, bytes_of, human_size
 
 log = structlog.get_logger()
 
+GUEST_CREATED: Final = "guest created"
 DECLARED_S = 600.0
 """How long, in seconds, a declared configuration waits for its domain."""
 FAILURES_KEPT = 256
+
+
+def _as_recorded(guest: Guest, earlier: Guest) -> GuestConfig:
+    return GuestConfig(
+        name=guest.name, uuid=guest.uuid, reserve=earlier.reserve, requests=earlier.requests
+    )
 
 
 class Passage:
@@ -50,8 +60,10 @@ class Passage:
         ledger: Ledger,
         holders: Holders,
         gate: Gate,
+        hub: EventHub,
         options: Options,
     ) -> None:
+        self._hub = hub
         self._xen, self._worker, self._store = xen, worker, store
         self._finder, self._clock = finder, clock
         self._ledger, self._holders, self._gate = ledger, holders, gate
@@ -72,12 +84,14 @@ class Passage:
 
     # -- what it is to have ---------------------------------------------------------------------
 
-    async def declare(self, config: GuestConfig) -> None:
+    async def declare(self, config: GuestConfig) -> GuestConfig:
         """Use this configuration for the next domain of its name, if it can be given."""
+        config = await trio.to_thread.run_sync(self._finder.complete, config)
         if config.requests:
             self._check_memory(await self._plan(config))
         self.failures.pop(config.name, None)
         self._declared[config.name] = (config, self._clock.now() + DECLARED_S)
+        return config
 
     def withdraw(self, name: str) -> None:
         """Forget a declaration."""
@@ -85,7 +99,7 @@ class Passage:
 
     async def _config_of(self, guest: Guest) -> GuestConfig | None:
         if guest.state is not GuestState.HELD:  # begun before we, or xenstored, went away
-            return GuestConfig(name=guest.name, uuid=guest.uuid, requests=guest.requests)
+            return _as_recorded(guest, guest)
         declared, until = self._declared.get(guest.name, (None, 0.0))
         if declared is not None and until > self._clock.now():
             return declared
@@ -93,7 +107,7 @@ class Passage:
             # xl makes a rebooted guest from the configuration it read when it first made it, under
             # the same UUID; whatever its file says by now does not count.
             if earlier.state is GuestState.REBOOTING and earlier.uuid == guest.uuid:
-                return GuestConfig(name=guest.name, uuid=guest.uuid, requests=earlier.requests)
+                return _as_recorded(guest, earlier)
         return await trio.to_thread.run_sync(
             lambda: self._finder.find(name=guest.name, uuid=guest.uuid)
         )
@@ -101,12 +115,15 @@ class Passage:
     async def _plan(self, config: GuestConfig, domid: DomId | None = None) -> GuestPlan:
         host = self._xen.host_info()
         info = None if domid is None else self._xen.domain_info(domid)
-        known = await trio.to_thread.run_sync(self._finder.known)
+        known, defined = await trio.to_thread.run_sync(
+            lambda: (self._finder.known(), self._finder.regions())
+        )
         return plan_guest(
             config,
             host=host,
             snapshot=self._ledger.snapshot(),
             known=known,
+            defined=defined,
             gpaddr_bits=info.gpaddr_bits if info else 0,
         )
 
@@ -152,7 +169,7 @@ class Passage:
         for region in self._ledger.regions:
             if not region.ready:
                 # Between two pieces of work nothing is half made: a lost xenstored left it so.
-                await self._holders.free_region(region)
+                await self._holders.free_region(region, reason="its making was cut off")
         config = await self._config_of(guest)
         if config is None or not config.requests:
             await self._let_go(guest)
@@ -164,9 +181,10 @@ class Passage:
                 domid=guest.domid,
             )
         plan = await self._plan(config, guest.domid)
-        return await self._make(guest, plan)
+        return await self._make(guest, plan, reserve=config.reserve)
 
-    async def _make(self, guest: Guest, plan: GuestPlan) -> Guest:
+    async def _make(self, guest: Guest, plan: GuestPlan, *, reserve: bool) -> Guest:
+        records.check_fits(dataclasses.replace(guest, requests=plan.requests))
         # A guest that was begun has its target, or may have: no other holder will do.
         uuid = guest.holder_uuid or plan.holder_uuid
         self._check_memory(plan)
@@ -189,11 +207,16 @@ class Passage:
                 state=GuestState.ATTACHING if guest.state is GuestState.HELD else guest.state,
                 holder_uuid=holder.uuid,
                 requests=plan.requests,
+                reserve=reserve,
             )
         )
+        for region_id in plan.movable:
+            region = self._ledger.region(region_id)
+            if region is not None and region.holder_uuid != holder.uuid:
+                await self._holders.move_region(region, holder.uuid, reason=GUEST_CREATED)
         for new in plan.new_regions:
             await self._holders.add_region(
-                holder.uuid, new.region_id, new.nr_frames, owner=new.owner, lifetime=new.lifetime
+                holder.uuid, new, reason=GUEST_CREATED, owner_came=new.owner == guest.name
             )
             log.info(
                 "region created",
@@ -209,7 +232,7 @@ class Passage:
         places = {request.region_id: request.place for request in plan.requests}
         for new in plan.new_regions:
             self._holders.check_memory(
-                f"{places[new.region_id]}: region {new.region_id}", new.nr_frames
+                f"{places[new.region_id]}: region {new.region_id}", new.nr_fresh_frames
             )
 
     async def _attach_if_built(self, guest: Guest) -> Guest:
@@ -227,13 +250,15 @@ class Passage:
         self._declared.pop(guest.name, None)
         self._gate.unlock(attached)
         self.forget(attached)
+        seconds = trio.current_time() - started
+        self._hub.attached(seconds)
         log.info(
             "guest attached",
             guest=guest.name,
             domid=guest.domid,
             regions=[request.region_id for request in guest.requests],
             size=human_size(sum(request.size_bytes for request in guest.requests)),
-            seconds=round(trio.current_time() - started, 4),
+            seconds=round(seconds, 4),
         )
         return attached
 
@@ -248,10 +273,15 @@ class Passage:
         again = guest.state is GuestState.MAPPING
         if not again:
             check(self._xen, guest, wanted)
-            guest = await self._ledger.put_guest(
-                dataclasses.replace(guest, state=GuestState.MAPPING), also=records.published(guest)
-            )
+            guest = dataclasses.replace(guest, state=GuestState.MAPPING)
+            if guest.reserve:
+                guest = await self._worker.run(reserve_in_memory_map, self._xen, guest)
+        # Again too: the record may have been written, and not what follows it.
+        guest = await self._ledger.put_guest(
+            guest, also=records.published(guest, self._ledger.regions)
+        )
         await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+        self._hub.joined(guest, guest.requests, GUEST_CREATED)
         return guest
 
     async def _let_go(self, guest: Guest) -> None:
@@ -267,12 +297,15 @@ class Passage:
     async def _refuse(self, guest: Guest, error: XshmError) -> None:
         """The guest cannot have its regions, so it must not run."""
         log.error("guest refused", guest=guest.name, domid=guest.domid, reason=error.one_line())
+        self._hub.about_guest(EventKind.GUEST_REFUSED, guest, error.one_line())
         self.failures[guest.name] = error
         while len(self.failures) > FAILURES_KEPT:
             self.failures.pop(next(iter(self.failures)))
         self._declared.pop(guest.name, None)
         doomed = await self._ledger.put_guest(
-            dataclasses.replace(guest, state=GuestState.DOOMED, failure=error.one_line())
+            dataclasses.replace(
+                guest, state=GuestState.DOOMED, failure=_shortened(error.one_line())
+            )
         )
         await self.finish_doom(doomed)
 
@@ -288,3 +321,9 @@ class Passage:
         self.doomed_at.setdefault(guest.generation, trio.current_time())
         with contextlib.suppress(DomainGone):
             await self._worker.run(self._xen.destroy, guest.domid)
+
+
+def _shortened(text: str) -> str:
+    """Cut what a record has no room for; the journal and whoever waits have all of it."""
+    limit = records.FAILURE_MAX
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
+from xshmd.engine.access import Access
+from xshmd.engine.changes import Changes
+from xshmd.engine.desired import Desired
 from xshmd.engine.ends import Ends
+from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
@@ -24,18 +29,32 @@ from xshmd.engine.options import Options
 from xshmd.engine.passage import Passage
 from xshmd.engine.recovery import recover
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import DomainGone, StoreLost, StoreTrouble, TimedOut, XshmError
+from xshmd.errors import (
+    Conflict,
+    DomainGone,
+    NoSuchGuest,
+    StoreLost,
+    StoreTrouble,
+    TimedOut,
+    XshmError,
+)
 from xshmd.model import (
     SHUTDOWN_POWEROFF,
+    Change,
     DomainInfo,
+    Event,
+    EventKind,
     Guest,
     GuestConfig,
     GuestState,
     Holder,
     HostInfo,
     Snapshot,
+    Step,
 )
+from xshmd.policy.changes import ChangePlan
 from xshmd.ports import Clock, ConfigFinder, CreationLock, Hypervisor, Store
+from xshmd.units import DomId
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -66,23 +85,32 @@ class Reconciler:
         self._xen, self._store, self._clock, self._options = xen, store, clock, options
         self._worker = XenWorker()
         self._ledger = ledger = Ledger(store)
+        self._hub = hub = EventHub()
         self._holders = holders = Holders(
-            xen, self._worker, store, ledger,
+            xen, self._worker, store, ledger, hub,
             floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
         )  # fmt: skip
         self._gate = gate = Gate(xen, store, ledger, locks)
         self._passage = Passage(
             xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
-            ledger=ledger, holders=holders, gate=gate, options=options,
+            ledger=ledger, holders=holders, gate=gate, hub=hub, options=options,
         )  # fmt: skip
-        self._ends = Ends(
-            store=store, clock=clock, ledger=ledger, holders=holders, gate=gate, options=options
+        self._changes = Changes(
+            xen=xen, worker=self._worker, store=store, ledger=ledger, holders=holders, hub=hub
         )
+        self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
+        self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
+        self._ends = Ends(
+            store=store, clock=clock, ledger=ledger, holders=holders, gate=gate,
+            changes=self._changes, hub=hub, options=options,
+        )  # fmt: skip
         # Unbounded, yet never long: looks are merged into one, and a client asks one thing at a
         # time.
         self._put, self._get = trio.open_memory_channel[Work](math.inf)
         self._look_due = False
         self._changed = trio.Event()
+        self._started_at = 0.0
+        self._reloaded_at = 0.0
         self._nursery: trio.Nursery | None = None
 
     # -- the loop -------------------------------------------------------------------------------
@@ -91,7 +119,12 @@ class Reconciler:
         """Recover, then serve for ever."""
         for unreadable in await self._ledger.load():
             log.error("record unreadable", reason=unreadable.one_line())
-        await recover(self._xen, self._worker, self._holders, self._ledger, self._gate, self._clock)
+        await recover(
+            self._xen, self._worker, self._holders, self._ledger, self._gate, self._changes,
+            self._clock,
+        )  # fmt: skip
+        self._started_at = trio.current_time()
+        await self._desired.remember()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -195,6 +228,7 @@ class Reconciler:
         """Compare what the ledger believes with what Xen has, and take every guest a step on."""
         self._look_due = False
         await self._ledger.settle()
+        await self._changes.settle()
         domains = self._domains()
         await self._ends.check_holders(domains)
         for guest in self._ledger.guests:
@@ -258,12 +292,24 @@ class Reconciler:
                     async for _ in events:
                         asked = await self._store.read(path)
                         if asked is None:
-                            return  # its nodes go when it does
+                            await self._await_death(holder)
+                            return
                         if asked:
                             await self._store.write(path, "")
                             # Shows as shut down and goes on holding: its frames are untouched.
                             self._xen.shut_down(holder.domid, SHUTDOWN_POWEROFF)
             await trio.sleep(AGAIN_S)
+
+    async def _await_death(self, holder: Holder) -> None:
+        """Look out for the end of a holder whose nodes are gone.
+
+        ``xl destroy`` removes a domain's nodes first and destroys it then (libxl_domain.c
+        devices_destroy_cb); of one that was never introduced xenstored does not tell the end.
+        """
+        with trio.move_on_after(LINGER_S):
+            while self._ledger.holder(holder.uuid) is not None:
+                self._hint()
+                await trio.sleep(AGAIN_S)
 
     # -- what clients ask -----------------------------------------------------------------------
 
@@ -278,25 +324,109 @@ class Reconciler:
         await trio.lowlevel.checkpoint()
         return self._xen.host_info()
 
-    async def declare(self, config: GuestConfig) -> None:
-        await self._ask(lambda: self._passage.declare(config))
+    async def declare(self, config: GuestConfig) -> GuestConfig:
+        return await self._ask(lambda: self._passage.declare(config))
 
     async def withdraw(self, name: str) -> None:
         self._passage.withdraw(name)
         await trio.lowlevel.checkpoint()
+
+    async def read_region(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
+        return await self._ask(lambda: self._access.read(region_id, offset_bytes, nr_bytes))
+
+    async def write_region(
+        self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
+    ) -> None:
+        await self._ask(lambda: self._access.write(region_id, offset_bytes, data, dry_run=dry_run))
+
+    async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
+        return await self._ask(lambda: self._apply(tuple(changes), dry_run=dry_run))
+
+    async def _apply(self, changes: Sequence[Change], *, dry_run: bool) -> tuple[Step, ...]:
+        await self._be_settled()
+        plan = await self._desired.plan(changes)
+        if dry_run:
+            self._changes.check_room(plan)
+        else:
+            await self._carry_out(plan, "admin")
+        return plan.steps
+
+    async def reload(self, *, dry_run: bool = False) -> tuple[Step, ...]:
+        return await self._ask(lambda: self._reload(dry_run=dry_run))
+
+    async def _reload(self, *, dry_run: bool) -> tuple[Step, ...]:
+        await self._be_settled()
+        plan, declarations = await self._desired.plan_reload()
+        if dry_run:
+            self._changes.check_room(plan)
+        else:
+            await self._carry_out(plan, "reload")
+            self._desired.reloaded(declarations)
+            self._reloaded_at = self._clock.now()
+            self._hub.emit(Event(kind=EventKind.RELOADED))
+            log.info("reloaded", steps=len(plan.steps))
+        return plan.steps
+
+    async def _be_settled(self) -> None:
+        await self._ledger.settle()
+        await self._changes.settle()
+        if self._ledger.intents:
+            raise Conflict(
+                "an earlier set of changes is neither undone nor finished yet",
+                hint="the journal of xshmd says why; try again in a moment",
+            )
+
+    async def _carry_out(self, plan: ChangePlan, reason: str) -> None:
+        try:
+            await self._changes.carry_out(plan, reason)
+        finally:
+            self._hint()  # what is left unused is collected, what was cut off is settled
+
+    def monitor(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Event]]:
+        return self._hub.listen()
+
+    def statistics(self) -> Mapping[str, int]:
+        counts, now = self._hub.counts, self._ledger.snapshot()
+        return {
+            "attaches": counts[EventKind.PEER_JOINED],
+            "detaches": counts[EventKind.PEER_LEFT],
+            "refusals": counts[EventKind.GUEST_REFUSED],
+            "reloads": counts[EventKind.RELOADED],
+            "guests_attached": self._hub.guests_attached,
+            "attach_microseconds": int(self._hub.attach_s * 1e6),
+            "regions": len(now.regions),
+            "guests": sum(bool(guest.requests) for guest in now.guests),
+            "holders": len(now.holders),
+            "bytes_shared": sum(region.size_bytes for region in now.regions),
+            "messages_sent": self._store.messages_sent,
+            "events_dropped": self._hub.dropped,
+            "last_reload_at": int(self._reloaded_at),
+            "uptime_seconds": int(trio.current_time() - self._started_at),
+        }
 
     async def wait_guest(self, name: str, timeout_s: float) -> Guest:
         with trio.move_on_after(timeout_s):
             while True:
                 changed = self._changed
                 for guest in self._ledger.guests:
-                    if guest.name == name and guest.state is GuestState.ATTACHED:
+                    if name not in (guest.name, str(guest.domid)):
+                        continue
+                    if guest.state is GuestState.ATTACHED:
                         return guest
+                    if guest.state is GuestState.DOOMED and guest.name in self._passage.failures:
+                        raise self._passage.failures[guest.name]
                 if name in self._passage.failures:
                     raise self._passage.failures[name]
+                named = any(guest.name == name for guest in self._ledger.guests)
+                if not named and name.isdecimal() and self._has_nothing(DomId(int(name))):
+                    raise NoSuchGuest(f"domain {name} is to have no shared memory", guest=name)
                 await changed.wait()
         raise TimedOut(
             f"guest {name} did not get its regions within {timeout_s:g} s",
             hint="`xshmctl list --guests` shows how far it is; the journal of xshmd says why",
             guest=name,
         )
+
+    def _has_nothing(self, domid: DomId) -> bool:
+        """Return whether the domain is known to be none of ours: it is not worth waiting for."""
+        return self._gate.has_looked_at(domid) and self._ledger.guest_of_domain(domid) is None

@@ -7,26 +7,39 @@ because a round trip to xenstored costs as much as mapping hundreds of frames.
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import enum
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Final
 
-from xshmd.errors import StoreError
+from xshmd.engine import saving
+from xshmd.engine.packing import PACKED_MAX, pack, unpack
+from xshmd.errors import Refused, StoreError
 from xshmd.model import (
+    USUAL_TERMS,
+    Backing,
     CachePolicy,
     Guest,
     GuestState,
     Holder,
+    Isolation,
     Lifetime,
+    MapChange,
     Place,
     Prot,
+    ProtEnforcement,
     Region,
     RegionRequest,
+    RegionTerms,
     Role,
+    Transport,
 )
-from xshmd.units import DomId, Gfn, address_of
+from xshmd.units import DomId, Gfn, address_of, bytes_of
 
 ROOT: Final = "/xshmd"
 SCHEMA: Final = 1
+FAILURE_MAX: Final = 800
+"""How many characters of the reason why a guest is destroyed are kept."""
 ROOT_PERMISSIONS: Final = ("n0",)
 """dom0 owns it, nobody else may read or write: guests' records are nobody's business."""
 
@@ -60,6 +73,9 @@ def encode(record: Holder | Region | Guest) -> str:
             "first": record.holder_first_gfn,
             "lifetime": record.lifetime.value,
             "owner": record.owner,
+            "came": record.owner_came,
+            "terms": _terms_document(record.terms),
+            "file": record.from_file,
             "ready": record.ready,
         }
     else:
@@ -70,14 +86,29 @@ def encode(record: Holder | Region | Guest) -> str:
             "generation": record.generation,
             "state": record.state.value,
             "holder": record.holder_uuid,
-            "requests": [_request_document(request) for request in record.requests],
+            "requests": [request_document(request) for request in record.requests],
+            "reserve": record.reserve,
+            "reserved": record.reserved,
             "ended": record.ended_at,
             "failure": record.failure,
         }
-    return json.dumps({"v": SCHEMA} | document, separators=(",", ":"))
+    return pack({"v": SCHEMA} | document)
 
 
-def _request_document(request: RegionRequest) -> Document:
+def check_fits(guest: Guest) -> None:
+    """Raise Refused if the guest has more regions than a record of it can name."""
+    # Why a guest is destroyed has to fit in its record too.
+    if len(encode(guest)) > PACKED_MAX - FAILURE_MAX:
+        raise Refused(
+            f"guest {guest.name} would have {len(guest.requests)} regions, more than xshmd can "
+            "keep a record of",
+            hint="have fewer, larger regions, and give out parts of them with offset= and size=",
+            guest=guest.name,
+        )
+
+
+def request_document(request: RegionRequest) -> Document:
+    """Return a request as part of a record."""
     return {
         "id": request.region_id,
         "gfn": request.first_gfn,
@@ -86,11 +117,13 @@ def _request_document(request: RegionRequest) -> Document:
         "prot": request.prot.value,
         "offset": request.offset_frames,
         "cache": request.cache_policy.value if request.cache_policy else "",
+        "terms": _terms_document(request.terms),
         "at": [request.place.file, request.place.key, request.place.line],
     }
 
 
-def _request(document: Document) -> RegionRequest:
+def read_request(document: Document) -> RegionRequest:
+    """Read a request back; KeyError, ValueError or TypeError if it is none."""
     file, key, line = document["at"]
     return RegionRequest(
         region_id=_text(document, "id"),
@@ -100,8 +133,42 @@ def _request(document: Document) -> RegionRequest:
         prot=Prot(document["prot"]),
         offset_frames=_number(document, "offset"),
         cache_policy=CachePolicy(document["cache"]) if document["cache"] else None,
+        terms=_terms(document),
         place=Place(file=file, key=key, line=line),
     )
+
+
+def _terms_document(terms: RegionTerms) -> Document:
+    """Only what is unusual is written: a record has to fit in one message."""
+    said = {
+        field.name: getattr(terms, field.name)
+        for field in dataclasses.fields(terms)
+        if getattr(terms, field.name) != getattr(USUAL_TERMS, field.name)
+    }
+    return {
+        name: value.value if isinstance(value, enum.Enum) else value for name, value in said.items()
+    }
+
+
+def _mfn(value: object) -> int:
+    return _number({"host_first_mfn": value}, "host_first_mfn")
+
+
+_TERMS: Final[dict[str, Callable[[Any], Any]]] = {
+    "prot": Prot,
+    "cache_policy": CachePolicy,
+    "lifetime": Lifetime,
+    "backing": Backing,
+    "host_first_mfn": _mfn,
+    "transport": Transport,
+    "isolation": Isolation,
+    "prot_enforcement": ProtEnforcement,
+}
+
+
+def _terms(document: Document) -> RegionTerms:
+    said = document.get("terms", {})
+    return RegionTerms(**{name: read(said[name]) for name, read in _TERMS.items() if name in said})
 
 
 def _text(document: Document, key: str) -> str:
@@ -118,18 +185,20 @@ def _number(document: Document, key: str) -> int:
     return value
 
 
-def _document(path: str, text: str) -> Document:
+def read_document(path: str, text: str) -> Document:
+    """Read a record of any kind; StoreError if it is not one of ours."""
     try:
-        document = json.loads(text)
+        document = unpack(text)
         schema = document["v"]
     except (ValueError, KeyError, TypeError) as broken:
-        raise _unreadable(path, f"{broken}") from broken
+        raise unreadable(path, f"{broken}") from broken
     if schema != SCHEMA:
-        raise _unreadable(path, f"its schema is {schema}, this xshmd writes {SCHEMA}")
+        raise unreadable(path, f"its schema is {schema}, this xshmd writes {SCHEMA}")
     return dict(document)
 
 
-def _unreadable(path: str, why: str) -> StoreError:
+def unreadable(path: str, why: str) -> StoreError:
+    """Return the error that says so of a record."""
     return StoreError(
         f"the record {path} in xenstore cannot be read: {why}",
         hint="run the xshmd that wrote it, or end its guests and remove the node with xenstore-rm",
@@ -139,7 +208,7 @@ def _unreadable(path: str, why: str) -> StoreError:
 
 def decode_holder(path: str, text: str) -> Holder:
     """Read a holder's record; StoreError if it is not one of ours."""
-    document = _document(path, text)
+    document = read_document(path, text)
     try:
         return Holder(
             uuid=_text(document, "uuid"),
@@ -147,12 +216,12 @@ def decode_holder(path: str, text: str) -> Holder:
             next_gfn=Gfn(_number(document, "next")),
         )
     except (KeyError, ValueError, TypeError) as broken:
-        raise _unreadable(path, repr(broken)) from broken
+        raise unreadable(path, repr(broken)) from broken
 
 
 def decode_region(path: str, text: str) -> Region:
     """Read a region's record; StoreError if it is not one of ours."""
-    document = _document(path, text)
+    document = read_document(path, text)
     try:
         return Region(
             region_id=_text(document, "id"),
@@ -161,15 +230,18 @@ def decode_region(path: str, text: str) -> Region:
             holder_first_gfn=Gfn(_number(document, "first")),
             lifetime=Lifetime(document["lifetime"]),
             owner=_text(document, "owner"),
+            owner_came=document.get("came") is True,
+            terms=_terms(document),
+            from_file=document.get("file") is True,
             ready=document["ready"] is True,
         )
     except (KeyError, ValueError, TypeError) as broken:
-        raise _unreadable(path, repr(broken)) from broken
+        raise unreadable(path, repr(broken)) from broken
 
 
 def decode_guest(path: str, text: str) -> Guest:
     """Read a guest's record; StoreError if it is not one of ours."""
-    document = _document(path, text)
+    document = read_document(path, text)
     try:
         return Guest(
             domid=DomId(_number(document, "domid")),
@@ -178,12 +250,14 @@ def decode_guest(path: str, text: str) -> Guest:
             generation=_text(document, "generation"),
             state=GuestState(document["state"]),
             holder_uuid=_text(document, "holder"),
-            requests=tuple(_request(request) for request in document["requests"]),
+            requests=tuple(read_request(one) for one in document["requests"]),
+            reserve=document.get("reserve") is not False,
+            reserved=tuple((Gfn(int(at)), int(nr)) for at, nr in document.get("reserved", ())),
             ended_at=float(document["ended"]),
             failure=_text(document, "failure"),
         )
     except (KeyError, ValueError, TypeError) as broken:
-        raise _unreadable(path, repr(broken)) from broken
+        raise unreadable(path, repr(broken)) from broken
 
 
 def mark_path(domid: DomId) -> str:
@@ -191,18 +265,43 @@ def mark_path(domid: DomId) -> str:
     return f"/local/domain/{domid}/xshm"
 
 
-def published(guest: Guest) -> tuple[tuple[str, str], ...]:
+def published(guest: Guest, regions: Iterable[Region]) -> tuple[tuple[str, str], ...]:
     """Return our mark, and the nodes by which a guest that can read xenstore finds its regions.
 
     They inherit ``n0,r<domid>`` from the domain's directory: it may read them and not write them.
-    Plain ``key=value`` words, numbers in bytes, as the guest's configuration says them.
+    Plain ``key=value`` words, numbers in bytes, as the guest's configuration says them; what is
+    added to them later comes at the end.
+
+    Args:
+        guest: The guest.
+        regions: All that are known, its own among them.
     """
     mark = (mark_path(guest.domid), guest.generation)
-    return mark, *(
-        (
-            f"{mark_path(guest.domid)}/{request.region_id}",
-            f"begin={address_of(request.first_gfn):#x} size={request.size_bytes:#x} "
-            f"role={request.role} prot={request.prot} transport=physmap",
-        )
-        for request in guest.requests
+    terms = {region.region_id: region.terms for region in regions}
+    return (
+        mark,
+        saving.forbidden(guest.domid),
+        *(
+            (
+                f"{mark_path(guest.domid)}/{request.region_id}",
+                _told(request, terms.get(request.region_id, USUAL_TERMS), guest.reserved),
+            )
+            for request in guest.requests
+        ),
+    )
+
+
+def _told(request: RegionRequest, terms: RegionTerms, reserved: Container[tuple[Gfn, int]]) -> str:
+    # Host memory is never cached, whatever the guest does: see policy/host_ranges.py.
+    cache = "none" if terms.backing is Backing.HOST else "write-back"
+    memory_map = (
+        MapChange.RESERVED
+        if (request.first_gfn, request.nr_frames) in reserved
+        else MapChange.UNCHANGED
+    )
+    return (
+        f"begin={address_of(request.first_gfn):#x} size={request.size_bytes:#x} "
+        f"role={request.role} prot={request.prot} transport={terms.transport} "
+        f"offset={bytes_of(request.offset_frames):#x} backing={terms.backing} cache={cache} "
+        f"memory_map={memory_map}"
     )

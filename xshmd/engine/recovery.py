@@ -12,21 +12,28 @@ import dataclasses
 
 import structlog
 
+from xshmd.engine.changes import Changes
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import NO_DOMAIN, Holders
 from xshmd.engine.ledger import Ledger
+from xshmd.engine.pauses import pause_count
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import Conflict, DomainGone, HypercallFailed
+from xshmd.errors import Conflict, DomainGone
 from xshmd.model import DomainInfo, Guest, GuestState
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.ports import Clock, Hypervisor
-from xshmd.units import DomId
 
 log = structlog.get_logger()
 
 
 async def recover(
-    xen: Hypervisor, worker: XenWorker, holders: Holders, ledger: Ledger, gate: Gate, clock: Clock
+    xen: Hypervisor,
+    worker: XenWorker,
+    holders: Holders,
+    ledger: Ledger,
+    gate: Gate,
+    changes: Changes,
+    clock: Clock,
 ) -> None:
     """Make the ledger true.
 
@@ -35,6 +42,8 @@ async def recover(
     """
     domains = {info.domid: info for info in xen.domains()}
     await _recover_holders(holders, ledger)
+    await changes.give_pauses_back()
+    await changes.settle()
     await _recover_regions(holders, ledger)
     for guest in ledger.guests:
         if guest.state is GuestState.REBOOTING:
@@ -77,7 +86,7 @@ async def _recover_regions(holders: Holders, ledger: Ledger) -> None:
         if ledger.holder(region.holder_uuid) is None:
             await ledger.drop_region(region.region_id)
         elif not region.ready:
-            await holders.free_region(region)
+            await holders.free_region(region, reason="its making was cut off")
 
 
 async def _vanished(ledger: Ledger, guest: Guest, clock: Clock) -> None:
@@ -113,22 +122,6 @@ async def _hold_again(
     except DomainGone:
         gate.unlock(guest)  # the first look finds it gone
     return True
-
-
-def pause_count(xen: Hypervisor, domid: DomId) -> int:
-    """Return how many pauses are on a paused domain, without letting it run."""
-    limit, taken = 255, 0
-    try:
-        while taken < limit:
-            xen.pause(domid)
-            taken += 1
-    except DomainGone:
-        raise
-    except HypercallFailed:
-        pass  # -EOVERFLOW: xen/common/domain.c, _domain_pause_by_systemcontroller()
-    for _ in range(taken):
-        xen.unpause(domid)
-    return limit - taken
 
 
 async def _ran_on(ledger: Ledger, guest: Guest) -> None:

@@ -8,7 +8,7 @@ random) lets a holder be recognised for what it is even when every record of it 
 
 from __future__ import annotations
 
-import secrets
+import os
 import uuid as uuid_module
 from typing import Final
 
@@ -17,7 +17,7 @@ _MARK: Final = b"xshmd\x01"
 
 def new_holder_uuid() -> str:
     """Return a fresh UUID that :func:`is_holder_uuid` recognises."""
-    raw = bytearray(_MARK + secrets.token_bytes(10))
+    raw = bytearray(_MARK + os.urandom(10))
     raw[6] = 0x80 | (raw[6] & 0x0F)  # version 8: the layout is the application's own
     raw[8] = 0x80 | (raw[8] & 0x3F)  # the RFC's variant
     return str(uuid_module.UUID(bytes=bytes(raw)))
@@ -31,4 +31,4 @@ def is_holder_uuid(uuid: str) -> bool:
 
 def new_generation() -> str:
     """Return a fresh mark for one domain's life, written both in our records and in its own."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()

@@ -46,6 +46,11 @@ def span_text(first_gfn: Gfn, end_gfn: Gfn) -> str:
     return f"{address_of(first_gfn):#x}-{address_of(end_gfn) - 1:#x}"
 
 
+def address_text(gfn: Gfn) -> str:
+    """Say a frame as the address of its first byte."""
+    return f"{address_of(gfn):#x}"
+
+
 def _window(name: str, start: int, end: int) -> Window:
     return Window(name, gfn_of(start), gfn_of(end))
 

@@ -12,9 +12,22 @@ import dataclasses
 from collections.abc import Sequence
 
 from xshmd.errors import combined
-from xshmd.model import GuestConfig, HostInfo, Lifetime, RegionRequest, Role, Snapshot
+from xshmd.model import (
+    USUAL_TERMS,
+    Backing,
+    GuestConfig,
+    HostInfo,
+    Lifetime,
+    RegionConfig,
+    RegionRequest,
+    RegionTerms,
+    Role,
+    Snapshot,
+)
 from xshmd.policy import rules
-from xshmd.policy.grouping import choose_holder
+from xshmd.policy.definitions import terms_of
+from xshmd.policy.grouping import choose_holder, movable_regions
+from xshmd.policy.placement import placed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +36,17 @@ class NewRegion:
 
     region_id: str
     nr_frames: int
-    owner: str
-    lifetime: Lifetime = Lifetime.MEMBERS
+    owner: str = ""
+    """Name of the guest that owns it; empty: it is the system's."""
+    lifetime: Lifetime = Lifetime.OWNER
+    terms: RegionTerms = USUAL_TERMS
+    from_file: bool = False
+    """Whether a configuration file defines it apart from any guest."""
+
+    @property
+    def nr_fresh_frames(self) -> int:
+        """How many frames have to be had from Xen for it."""
+        return 0 if self.terms.backing is Backing.HOST else self.nr_frames
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +60,8 @@ class GuestPlan:
     """Regions to make in it."""
     requests: tuple[RegionRequest, ...]
     """What to map, all of it or nothing."""
+    movable: tuple[str, ...] = ()
+    """Regions that nobody else has: they move to the holder if they are in another."""
 
 
 def plan_guest(
@@ -46,6 +70,7 @@ def plan_guest(
     host: HostInfo,
     snapshot: Snapshot,
     known: Sequence[GuestConfig],
+    defined: Sequence[RegionConfig] = (),
     gpaddr_bits: int = 0,
 ) -> GuestPlan:
     """Return how this guest gets its regions.
@@ -55,6 +80,7 @@ def plan_guest(
         host: The machine and its Xen.
         snapshot: What exists.
         known: What other configurations on this host say.
+        defined: The regions that configurations define apart from any guest.
         gpaddr_bits: The domain's width of addresses if it exists already, else 0.
 
     Raises:
@@ -62,40 +88,71 @@ def plan_guest(
     """
     others = tuple(other for other in known if other.name != config.name)
     by_id = {region.region_id: region for region in snapshot.regions}
+    # What no file defines any more may still exist, and is then as large as it is.
+    sizes = {region.region_id: region.nr_frames for region in snapshot.regions}
+    config = placed(config, host.arch, sizes=sizes)
     said_elsewhere = rules.claims(snapshot.guests, others)
     broken = list(rules.check_guest(config, host, gpaddr_bits=gpaddr_bits))
-    for request in config.requests:
-        broken += rules.check_region(
-            rules.Claim(guest=config.name, request=request),
-            region=by_id.get(request.region_id),
-            others=said_elsewhere,
-        )
+    broken += rules.check_requests(
+        config, existing=by_id, others=said_elsewhere, regions=defined, arch=host.arch
+    )
     if broken:
         raise combined(broken)
+    wanted = {request.region_id for request in config.requests}
+    others_alive = [guest for guest in snapshot.guests if guest.name != config.name]
+    free = movable_regions(snapshot.regions, others_alive)
+    movable = {region_id: home for region_id, home in free.items() if region_id in wanted}
+    holder_uuid = choose_holder(
+        config,
+        known=others,
+        regions=[region for region in snapshot.regions if region.region_id not in movable],
+        guests=snapshot.guests,
+    )
     return GuestPlan(
         config=config,
-        holder_uuid=choose_holder(
-            config, known=others, regions=snapshot.regions, guests=snapshot.guests
-        ),
+        holder_uuid=holder_uuid or next(iter(movable.values()), None),
         new_regions=tuple(
-            _new_region(request, config.name, said_elsewhere)
+            new_region(request, config.name, said_elsewhere, defined)
             for request in {one.region_id: one for one in config.requests}.values()
             if request.region_id not in by_id
         ),
         requests=config.requests,
+        movable=tuple(movable),
     )
 
 
-def _new_region(
-    request: RegionRequest, guest_name: str, said_elsewhere: Sequence[rules.Claim]
+def new_region(
+    request: RegionRequest,
+    guest_name: str,
+    said_elsewhere: Sequence[rules.Claim],
+    defined: Sequence[RegionConfig],
 ) -> NewRegion:
+    """Return the region that this entry, against which no rule speaks, needs to be made."""
     if request.role is Role.OWNER:
-        return NewRegion(region_id=request.region_id, nr_frames=request.nr_frames, owner=guest_name)
+        return _owned(request, guest_name)
+    for config in defined:
+        if config.region_id == request.region_id:
+            return systems_region(config, from_file=True)
     # A borrower that comes before its owner: the owner's configuration says how large the region
     # is.  That there is exactly one is one of the rules.
     for claim in said_elsewhere:
         if claim.request.region_id == request.region_id and claim.request.role is Role.OWNER:
-            return NewRegion(
-                region_id=request.region_id, nr_frames=claim.request.nr_frames, owner=claim.guest
-            )
+            return _owned(claim.request, claim.guest)
     raise AssertionError(f"{request.place}: rules.check_region let a borrower without owner by")
+
+
+def _owned(request: RegionRequest, owner: str) -> NewRegion:
+    terms = terms_of(request)
+    return NewRegion(
+        region_id=request.region_id, nr_frames=request.nr_frames, owner=owner,
+        lifetime=terms.lifetime or Lifetime.OWNER, terms=terms,
+    )  # fmt: skip
+
+
+def systems_region(config: RegionConfig, *, from_file: bool) -> NewRegion:
+    """Return the region that a definition apart from any guest makes."""
+    return NewRegion(
+        region_id=config.region_id, nr_frames=config.nr_frames,
+        lifetime=config.terms.lifetime or Lifetime.SYSTEM, terms=config.terms,
+        from_file=from_file,
+    )  # fmt: skip

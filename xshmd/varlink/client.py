@@ -7,14 +7,21 @@ An error reply comes out as the exception that went into it on the other side, s
 
 from __future__ import annotations
 
+# The plain sockets below the socket module, which takes longer to import than all that is ours.
+import _socket as socket
+import math
 import os
-import socket
 import time
-from typing import Any, Final
 
 from xshmd import errors
 from xshmd.varlink import wire
-from xshmd.varlink.wire import Call, Parameters, Reply
+from xshmd.varlink.wire import Call, Flag, Parameters, Reply
+
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, Final
 
 INTERFACE: Final = "io.xshmd.Regions"
 DEFAULT_PATH: Final = "/run/xshmd/io.xshmd.Regions"
@@ -65,11 +72,7 @@ class Client:
 
     def call_within(self, timeout_s: float, method: str, /, **parameters: Any) -> Parameters:
         """As :meth:`call`, for a call that may take longer or shorter than others."""
-        full_name = method if "." in method else f"{INTERFACE}.{method}"
-        given = {name: value for name, value in parameters.items() if value is not None}
-        message = wire.encode_call(Call(full_name, given))
-        if len(message) > wire.MAX_LARGE_CALL_BYTES:
-            raise errors.UsageError(f"a call of {method} has {len(message)} bytes: too many")
+        full_name, message = _encoded(method, parameters, Flag.NONE)
         try:
             reply = self._exchange(full_name, message, time.monotonic() + timeout_s)
         except BaseException:
@@ -80,11 +83,32 @@ class Client:
             raise error_of(reply, method=full_name)
         return reply.parameters
 
+    def stream(self, method: str, /, **parameters: Any) -> Iterator[Parameters]:
+        """Call a method with ``more`` and yield its replies as they come, however late.
+
+        Raises:
+            DaemonUnreachable: Nobody answers, or no longer.
+            XshmError: Whatever the daemon replied.
+        """
+        full_name, message = _encoded(method, parameters, Flag.MORE)
+        try:
+            reply = self._exchange(full_name, message, time.monotonic() + self._timeout_s)
+            while reply.continues:
+                yield reply.parameters
+                reply = self._exchange(full_name, b"", math.inf)
+        except BaseException:
+            self.close()
+            raise
+        if reply.error:
+            raise error_of(reply, method=full_name)
+        yield reply.parameters
+
     def _exchange(self, method: str, message: bytes, deadline: float) -> Reply:
         try:
             stream = self._connected(deadline)
-            stream.settimeout(_left(deadline))
-            stream.sendall(message)
+            if message:
+                stream.settimeout(_left(deadline))
+                stream.sendall(message)
             while (answer := self._decoder.next_message()) is None:
                 stream.settimeout(min(_left(deadline), _SIGNAL_CHECK_S))
                 try:
@@ -133,6 +157,15 @@ class Client:
         return errors.DaemonUnreachable(
             f"no xshmd answers at {self._path}: {reason}", hint=hint, path=self._path
         )
+
+
+def _encoded(method: str, parameters: Parameters, flag: Flag) -> tuple[str, bytes]:
+    full_name = method if "." in method else f"{INTERFACE}.{method}"
+    given = {name: value for name, value in parameters.items() if value is not None}
+    message = wire.encode_call(Call(full_name, given, flag))
+    if len(message) > wire.MAX_LARGE_CALL_BYTES:
+        raise errors.UsageError(f"a call of {method} has {len(message)} bytes: too many")
+    return full_name, message
 
 
 def _left(deadline: float) -> float:

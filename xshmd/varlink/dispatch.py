@@ -120,6 +120,11 @@ class Dispatcher:
         found = self._method(call)
         return found is not None and found.interruptible
 
+    def last_reply(self, call: Call) -> Reply | None:
+        """Return the reply that ends the call's stream if it must end now; None if it has none."""
+        streams = isinstance(self._method(call), Stream) and call.flag is Flag.MORE
+        return Reply({}) if streams else None
+
     async def handle(self, call: Call, send: Send) -> None:
         """Run the call and send its replies, if it wants any.  Raises nothing of its own."""
         reply = await self._outcome(call, send)

@@ -36,6 +36,8 @@ _BACKLOG: Final = 64
 _PEERCRED: Final = struct.Struct("=iII")
 """struct ucred: pid, uid, gid."""
 _RECEIVE_BYTES: Final = 64 * 1024
+_FAREWELL_S: Final = 1.0
+"""How long a client may take to read the last reply of a stream when the daemon stops."""
 
 log = structlog.get_logger()
 
@@ -80,7 +82,9 @@ class _Server:
         """Serve one connection until it ends.  Whatever goes wrong ends this one alone."""
         try:
             async with stream:
-                uid = _peer_uid(stream)
+                pid, uid = _peer(stream)
+                # Whatever is logged on this connection's behalf says who it is.
+                structlog.contextvars.bind_contextvars(client_uid=uid, client_pid=pid)
                 with self._counted(uid) as admitted:
                     if not admitted:
                         log.warning("connection refused, too many", uid=uid)
@@ -119,6 +123,8 @@ class _Connection:
             wire.MAX_LARGE_CALL_BYTES if self._allowed else wire.MAX_CALL_BYTES
         )
         self._scope = trio.CancelScope()
+        self._sending = False
+        """True from the first byte of a reply to its last, and for ever if one was cut off."""
 
     async def run(self) -> None:
         with self._scope:
@@ -154,10 +160,23 @@ class _Connection:
         if not self._dispatcher.interruptible(call):
             await self._dispatcher.handle(call, self._send)
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_on_hangup)
-            await self._dispatcher.handle(call, self._send)
-            nursery.cancel_scope.cancel()
+        answered = False
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_on_hangup)
+                await self._dispatcher.handle(call, self._send)
+                answered = True
+                nursery.cancel_scope.cancel()
+        finally:
+            if not answered:
+                await self._end_stream(call)
+
+    async def _end_stream(self, call: Call) -> None:
+        """Tell a client that listens that the daemon stops; else it could but be a crash."""
+        last = self._dispatcher.last_reply(call)
+        if last is not None and not self._sending and not self._scope.cancel_called:
+            with trio.move_on_after(_FAREWELL_S, shield=True):
+                await self._send(last)
 
     async def _end_on_hangup(self) -> None:
         """End the connection if its client closes it; a half-closed one still gets its reply."""
@@ -175,21 +194,22 @@ class _Connection:
 
     async def _send(self, reply: Reply) -> None:
         """Send a reply, or end the connection if the client does not take it."""
-        sent = False
+        self._sending = True
         with trio.move_on_after(self._limits.send_timeout_s):
             try:
                 await self._stream.send_all(wire.encode_reply(reply))
-                sent = True
+                self._sending = False
             except trio.BrokenResourceError:
                 log.debug("client went away")
-        if not sent:
+        if self._sending:
             self._scope.cancel()
 
 
-def _peer_uid(stream: trio.SocketStream) -> int:
+def _peer(stream: trio.SocketStream) -> tuple[int, int]:
+    """Return pid and uid of the process that connected."""
     packed = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-    uid: int = _PEERCRED.unpack(packed)[1]
-    return uid
+    pid, uid, _ = _PEERCRED.unpack(packed)
+    return pid, uid
 
 
 def open_listener(

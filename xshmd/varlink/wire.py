@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import Any, Final, NamedTuple, NoReturn
+
+# xshmctl starts in the time that importing typing would take.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final, NoReturn
+
+    Parameters = dict[str, Any]
+else:
+    Parameters = dict
 
 MAX_CALL_BYTES: Final = 64 * 1024
 """What a call may be long unless its method says otherwise."""
@@ -19,8 +27,6 @@ MAX_REPLY_BYTES: Final = 16 * 1024 * 1024
 """What a client is ready to buffer of one reply."""
 MAX_DEPTH: Final = 32
 """How deep the values of a message may be nested."""
-
-Parameters = dict[str, Any]
 
 
 class ProtocolViolation(Exception):
@@ -36,23 +42,56 @@ class Flag(enum.Enum):
     UPGRADE = "upgrade"
 
 
-class Call(NamedTuple):
-    """A method call as it came in; nothing of it but its form has been checked."""
+class _Message:
+    """What calls and replies have in common: they are what their fields are."""
 
-    method: str
-    parameters: Parameters
-    flag: Flag = Flag.NONE
-    size_bytes: int = 0
-    """Length of the message it came in, for limits that depend on the method."""
+    __slots__: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Message) or type(self) is not type(other):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __repr__(self) -> str:
+        said = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    def _values(self) -> list[object]:
+        return [getattr(self, name) for name in self.__slots__]
 
 
-class Reply(NamedTuple):
-    """One reply to a call."""
+class Call(_Message):
+    """A method call as it came in; nothing of it but its form has been checked.
 
-    parameters: Parameters
-    error: str = ""
-    """Full name of the error; empty for success."""
-    continues: bool = False
+    Args:
+        method: Full name of the method.
+        parameters: What it is given.
+        flag: How many replies the caller takes.
+        size_bytes: Length of the message it came in, for limits that depend on the method.
+    """
+
+    __slots__ = ("flag", "method", "parameters", "size_bytes")
+
+    def __init__(
+        self, method: str, parameters: Parameters, flag: Flag = Flag.NONE, size_bytes: int = 0
+    ) -> None:
+        self.method, self.parameters = method, parameters
+        self.flag, self.size_bytes = flag, size_bytes
+
+
+class Reply(_Message):
+    """One reply to a call.
+
+    Args:
+        parameters: What it says.
+        error: Full name of the error; empty for success.
+        continues: Whether more replies follow.
+    """
+
+    __slots__ = ("continues", "error", "parameters")
+
+    def __init__(self, parameters: Parameters, error: str = "", continues: bool = False) -> None:
+        self.parameters, self.error, self.continues = parameters, error, continues
 
 
 class Decoder:

@@ -44,6 +44,16 @@ _HINTS: Final[dict[tuple[str, int], str]] = {
         errno.EINVAL,
     ): "the guest has a target already, which can never be changed",
     ("xc_domain_set_target", errno.EOPNOTSUPP): "the target is not an HVM domain",
+    # xen/common/domctl.c: dom0 itself has no right to these frames.  Those are, on x86, the APICs,
+    # unusable memory and HyperTransport's range (arch/x86/dom0_build.c dom0_setup_permissions());
+    # on Arm, all that is no device of dom0's: /reserved-memory too (arch/arm/device.c).
+    ("xc_domain_iomem_permission", errno.EPERM): (
+        "Xen does not let dom0 hand out this host memory: name a PCI device's memory, or on x86 a "
+        "reserved range of the machine"
+    ),
+    # On x86 it is EINVAL whatever went wrong: libxenctrl leaves the errno of its own undoing.
+    ("xc_domain_memory_mapping", errno.EINVAL): _POOL,
+    ("xc_domain_memory_mapping", errno.ENOENT): _POOL,
     ("xc_domain_pause", errno.EOVERFLOW): "the domain has been paused 255 times and never unpaused",
 }
 

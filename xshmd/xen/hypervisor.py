@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable
-from xshmd.model import Arch, DomainInfo, HostInfo
+from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.units import (
     DOMID_FIRST_RESERVED,
     PAGE_SIZE,
@@ -27,10 +27,12 @@ from xshmd.units import (
     SUPERPAGE_ORDER,
     DomId,
     Gfn,
+    Mfn,
     bytes_of,
 )
 from xshmd.xen import _ffi
 from xshmd.xen.errno_table import failure
+from xshmd.xen.host_ranges import find_host_ranges
 
 BATCH_FRAMES: Final = 16384
 """Frames per mapping hypercall: cost per frame is flat from 256 on, the count ends at 65535."""
@@ -39,6 +41,10 @@ POPULATE_EXTENTS: Final = 1024
 WINDOW_FRAMES: Final = 4096
 """Frames dom0 maps at a time to zero them; an Arm or PVH dom0 pays each with one of its own."""
 SHOWN_VCPU_NONE: Final = 0xFFFFFFFF
+E820_MAX: Final = 128
+"""Entries of a memory map, at the most (xen/include/public/hvm/e820.h)."""
+ADD_MAPPING: Final = 1
+REMOVE_MAPPING: Final = 0
 
 
 class MappedPages:
@@ -424,3 +430,72 @@ class XenHypervisor:
             if rc or error[0]:
                 raise failure("XENMEM_remove_from_physmap", guest, -rc or error[0])
         return total
+
+    # -- the machine's own frames ---------------------------------------------------------------
+
+    def host_ranges(self) -> tuple[HostRange, ...]:
+        out = self._xffi.new("xshm_range[]", E820_MAX)
+        count = self._xlib.xshm_machine_memory_map(self._xc, out, E820_MAX)
+        if count < 0 and self._xffi.errno != errno.ENOSYS:
+            raise failure("xc_get_machine_memory_map", None, self._xffi.errno)
+        machine_map = [
+            MemoryRange(out[i].address, out[i].size, out[i].kind) for i in range(max(count, 0))
+        ]
+        return find_host_ranges(machine_map)
+
+    def map_host_range(self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int) -> None:
+        self._simple("xc_domain_iomem_permission", guest, first_mfn, nr_frames, True)
+        try:
+            # It comes in as many hypercalls as Xen wants, and what was done is undone on an error
+            # (tools/libs/ctrl/xc_domain.c, xc_domain_memory_mapping()).
+            self._simple(
+                "xc_domain_memory_mapping", guest, first_gfn, first_mfn, nr_frames, ADD_MAPPING
+            )
+        except HypercallFailed:
+            self._xlib.xc_domain_iomem_permission(self._xc, guest, first_mfn, nr_frames, False)
+            raise
+
+    def unmap_host_range(
+        self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int
+    ) -> None:
+        # libxenctrl skips all that follows a frame that is not there, so no call crosses a 2 MiB
+        # border and one that fails is repeated frame by frame.
+        done = 0
+        while done < nr_frames:
+            to_border = SUPERPAGE_FRAMES - (first_gfn + done) % SUPERPAGE_FRAMES
+            count = min(to_border, nr_frames - done)
+            if not self._removed(guest, first_gfn + done, first_mfn + done, count):
+                for index in range(done, done + count):
+                    self._removed(guest, first_gfn + index, first_mfn + index, 1)
+            done += count
+        self._simple("xc_domain_iomem_permission", guest, first_mfn, nr_frames, False)
+
+    def _removed(self, guest: DomId, first_gfn: int, first_mfn: int, nr_frames: int) -> bool:
+        """Remove a piece; False if some of it is not there.
+
+        Only x86 says so (EINVAL).  Where the guest has no right to the frames (EPERM) none can be.
+        """
+        rc = self._xlib.xc_domain_memory_mapping(
+            self._xc, self._guest_domid(guest), first_gfn, first_mfn, nr_frames, REMOVE_MAPPING
+        )
+        if rc < 0 and self._xffi.errno not in (errno.EINVAL, errno.EPERM):
+            raise failure("xc_domain_memory_mapping", guest, self._xffi.errno)
+        return bool(rc == 0)
+
+    # -- what an x86 guest is told of its memory ------------------------------------------------
+
+    def entry_register(self, domid: DomId) -> int | None:
+        out = self._xffi.new("uint64_t *")
+        if self._xlib.xshm_entry_register(self._xc, self._guest_domid(domid), out) == 0:
+            return int(out[0])
+        # ENODATA: the vCPU is down (xen/arch/x86/hvm/save.c, hvm_save_one()).
+        if self._xffi.errno in (errno.ENODATA, errno.ENOENT, errno.ENOSYS):
+            return None
+        raise failure("xc_domain_hvm_getcontext_partial", domid, self._xffi.errno)
+
+    def set_memory_map(self, domid: DomId, ranges: Sequence[MemoryRange]) -> None:
+        array = self._xffi.new("xshm_range[]", len(ranges))
+        for entry, wanted in zip(array, ranges, strict=True):
+            entry.address, entry.size, entry.kind = wanted.address, wanted.size_bytes, wanted.kind
+        rc = self._xlib.xshm_set_memory_map(self._xc, self._guest_domid(domid), array, len(ranges))
+        self._check(rc, "xc_domain_set_memory_map", domid)

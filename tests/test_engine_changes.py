@@ -1,0 +1,960 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Changes to guests that run: attach, detach, late join, add, remove; whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Callable
+
+import pytest
+import trio
+from crash import sampled
+from fakes import xenstored as xs
+from fakes.hypervisor import Call
+from fakes.toolstack import Made
+from fakes.world import Daemon, World, world
+from trio.testing import MockClock
+
+from xshmd.errors import (
+    ConfigError,
+    Conflict,
+    HypercallFailed,
+    NoSuchGuest,
+    NoSuchRegion,
+    OutOfMemory,
+    Refused,
+    StoreTrouble,
+    XshmError,
+)
+from xshmd.model import (
+    SHUTDOWN_REBOOT,
+    UNPLACED,
+    WHOLE_REGION,
+    AddRegion,
+    Arch,
+    AttachRegion,
+    Change,
+    DetachRegion,
+    Event,
+    EventKind,
+    GuestState,
+    Lifetime,
+    RegionConfig,
+    RegionRequest,
+    RegionTerms,
+    RemoveRegion,
+)
+from xshmd.units import DomId, Gfn
+
+
+def add(region_id: str, frames: int = 3, **terms: object) -> AddRegion:
+    return AddRegion(
+        config=RegionConfig(
+            region_id=region_id, nr_frames=frames, terms=RegionTerms(**terms)  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+
+
+def attach(guest: str | int, request: RegionRequest) -> AttachRegion:
+    return AttachRegion(guest=str(guest), request=request)
+
+
+def detach(guest: str | int, region_id: str) -> DetachRegion:
+    return DetachRegion(guest=str(guest), region_id=region_id)
+
+
+def remove(region_id: str, *, force: bool = False) -> RemoveRegion:
+    return RemoveRegion(region_id=region_id, force=force)
+
+
+def frames(host: World, made: Made) -> set[int]:
+    return set(host.xen.foreign_frames(made.domid))
+
+
+def span(request: RegionRequest) -> set[int]:
+    return set(range(request.first_gfn, request.end_gfn))
+
+
+def picture(host: World) -> object:
+    """All that a refused set of changes leaves as it was."""
+    domains = {
+        domid: (domain.pauses, dict(domain.p2m), len(domain.pages), domain.target)
+        for domid, domain in host.xen.by_domid.items()
+    }
+    return domains, host.dump(), host.xen.free_pages
+
+
+async def guest(host: World, name: str, *requests: RegionRequest) -> Made:
+    """Make a guest, whose file then does not matter any more."""
+    made = await host.tools.create(host.config(name, *requests))
+    host.config(name)
+    return made
+
+
+# -- attach and detach ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_a_region_is_attached_to_a_running_guest(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    async with world(arch) as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        b = await guest(host, "b", host.request("s", 2), host.borrow("r", 1, at=64))
+        gfn = host.request("r").first_gfn
+        host.xen.guest_write(a.domid, gfn, 0, b"before")
+        more = host.borrow("s", 2, at=32)
+        steps = await daemon.engine.apply([attach("a", more)])
+        assert [(one.verb, one.region, one.guest) for one in steps] == [("attach", "s", "a")]
+        assert host.pages(a.domid, more) == host.pages(b.domid, host.request("s", 2))
+        assert host.xen.guest_read(a.domid, gfn, 0, 6) == b"before"
+        assert host.running(a)
+        record = daemon.guest("a")
+        assert record is not None
+        assert [one.region_id for one in record.requests] == ["r", "s"]
+        node = host.server.read(f"/local/domain/{a.domid}/xshm/s")
+        assert node is not None
+        assert f"begin={more.first_gfn << 12:#x}" in node
+        await host.tools.end(a)
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_a_region_is_detached_from_a_running_guest(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    async with world(arch) as host:
+        daemon = await host.start()
+        keep = host.request("s", 2, at=32)
+        a = await guest(host, "a", host.request("r", 3), keep)
+        b = await guest(host, "b", host.borrow("r", 3))
+        await daemon.engine.apply([detach(a.domid, "r")])
+        assert frames(host, a) == span(keep)
+        assert frames(host, b) == span(host.request("r", 3))
+        assert host.running(a)
+        assert host.server.read(f"/local/domain/{a.domid}/xshm/r") is None
+        assert host.server.read(f"/local/domain/{a.domid}/xshm/s") is not None
+        await host.tools.end(a)
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+async def test_the_last_region_of_a_guest_leaves_its_holder(autojump_clock: MockClock) -> None:
+    """Its target cannot change, so it goes on being ours, and may be given another region."""
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        (holder,) = host.holders()
+        await daemon.engine.apply([detach("a", "r")])
+        await host.until(lambda: daemon.engine.snapshot().regions == (), "the region to be freed")
+        assert host.holders() == [holder]
+        again = host.request("n", 4, at=8)
+        await daemon.engine.apply([attach("a", again)])
+        assert host.holders() == [holder]
+        assert frames(host, a) == span(again)
+        await host.tools.end(a)
+        await host.check_clean()
+
+
+async def test_the_guest_is_paused_exactly_while_its_memory_changes(
+    autojump_clock: MockClock,
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        b = await guest(host, "b", host.borrow("r", 3))
+        before = len(host.xen.log)
+
+        def watch(call: object) -> None:
+            kind, arguments = call.kind, call.arguments  # type: ignore[attr-defined]
+            if kind in ("map_foreign", "unmap") and arguments[0] == a.domid:
+                assert host.xen.by_domid[a.domid].pauses == 1
+
+        host.xen.before = watch
+        await daemon.engine.apply([add("n", 2), attach("a", host.borrow("n", 2, at=64))])
+        await daemon.engine.apply([detach("a", "n"), remove("n")])
+        touched = [
+            (call.kind, call.arguments[0])
+            for call in host.xen.log[before:]
+            if call.kind in ("pause", "unpause")
+        ]
+        assert touched == [("pause", a.domid), ("unpause", a.domid)] * 2
+        assert host.running(a)
+        assert host.running(b)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+async def test_pauses_of_others_stay(autojump_clock: MockClock, others: int) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        for _ in range(others):
+            host.xen.pause(a.domid)
+        await daemon.engine.apply([add("n", 2), attach("a", host.borrow("n", 2, at=64))])
+        await daemon.engine.apply([detach("a", "n")])
+        assert host.xen.by_domid[a.domid].pauses == others
+
+
+async def test_a_guest_may_be_given_a_region_at_another_frame(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        host.xen.guest_write(a.domid, host.request("r").first_gfn, 0, b"same")
+        moved = host.request("r", 3, at=64)
+        await daemon.engine.apply([detach("a", "r"), attach("a", moved)])
+        assert frames(host, a) == span(moved)
+        assert host.xen.guest_read(a.domid, moved.first_gfn, 0, 4) == b"same"
+        assert f"{moved.first_gfn << 12:#x}" in (
+            host.server.read(f"/local/domain/{a.domid}/xshm/r") or ""
+        )
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_coming_and_going_costs_no_memory(autojump_clock: MockClock, arch: Arch) -> None:
+    """Xen keeps the tables of a region that went, so the guest's paging pool need not grow."""
+    async with world(arch) as host:
+        daemon = await host.start()
+        r = host.request("r", 600)
+        a = await guest(host, "a", r)
+        b = await guest(host, "b", host.borrow("r", 600))
+        n = host.borrow("n", 600, at=4096)
+        await daemon.engine.apply([add("n", 600)])
+        free = []
+        for _ in range(4):
+            await daemon.engine.apply([attach("a", n), detach("a", "r")])
+            await daemon.engine.apply([attach("a", r), detach("a", "n")])
+            free.append(host.xen.free_pages)
+        assert len(set(free)) == 1
+        assert frames(host, a) == frames(host, b) == span(r)
+
+
+async def test_what_was_attached_comes_back_with_a_reboot(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3), host.request("gone", 2, at=16))
+        more = host.borrow("n", 2, at=64)
+        await daemon.engine.apply([add("n", 2), attach("a", more), detach("a", "gone")])
+        again = await host.tools.reboot(a, SHUTDOWN_REBOOT)
+        assert frames(host, again) == span(host.request("r", 3)) | span(more)
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_the_frame_and_the_size_may_be_left_to_us(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    async with world(arch) as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        wanted = dataclasses.replace(host.borrow("n"), first_gfn=UNPLACED, nr_frames=WHOLE_REGION)
+        await daemon.engine.apply([add("n", 5), attach("a", wanted)])
+        record = daemon.guest("a")
+        assert record is not None
+        given = record.requests[1]
+        assert given.nr_frames == 5
+        assert frames(host, a) == span(host.request("r", 3)) | span(given)
+
+
+# -- late join ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+@pytest.mark.parametrize("by_number", [False, True])
+async def test_a_guest_without_regions_joins_late(
+    autojump_clock: MockClock, arch: Arch, by_number: bool
+) -> None:
+    async with world(arch) as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        late = await guest(host, "late")
+        host.xen.guest_write(a.domid, host.request("r").first_gfn, 0, b"data")
+        wanted = host.borrow("r", 2, at=64)
+        await daemon.engine.apply([attach(late.domid if by_number else "late", wanted)])
+        assert host.xen.guest_read(late.domid, wanted.first_gfn, 0, 4) == b"data"
+        record = daemon.guest("late")
+        assert record is not None
+        assert record.state is GuestState.ATTACHED
+        assert host.server.read(f"/local/domain/{late.domid}/xshm") == record.generation
+        assert host.xen.by_domid[late.domid].target is not None
+        assert host.running(late)
+        await host.tools.end(a)
+        assert frames(host, late) == span(wanted)
+        await host.tools.end(late)
+        await host.check_clean()
+
+
+async def test_two_late_guests_and_a_new_region_in_one_set(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        one, two = await guest(host, "one"), await guest(host, "two")
+        wanted = host.borrow("n", 3)
+        steps = await daemon.engine.apply(
+            [attach("two", wanted), add("n", 3), attach("one", wanted)]
+        )
+        assert [step.verb for step in steps] == ["create", "attach", "attach"]
+        assert host.pages(one.domid, wanted) == host.pages(two.domid, wanted)
+        assert len(host.holders()) == 1
+        await host.tools.end(one)
+        await host.tools.end(two)
+        await trio.sleep(60)
+        assert [region.region_id for region in daemon.engine.snapshot().regions] == ["n"]
+        await daemon.engine.apply([remove("n")])
+        await host.check_clean()
+
+
+async def test_an_owner_may_join_late(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a")
+        await daemon.engine.apply([attach("a", host.request("r", 3, lifetime=None))])
+        (region,) = daemon.engine.snapshot().regions
+        assert (region.owner, region.lifetime) == ("a", Lifetime.OWNER)
+        await host.tools.end(a)
+        await host.check_clean()
+
+
+async def test_a_domid_that_is_another_domains_by_now(autojump_clock: MockClock) -> None:
+    """The guest ends between the plan and the pause: its number is a stranger's."""
+    async with world() as host:
+        daemon = await host.start()
+        await guest(host, "a", host.request("r", 3))
+        late = await guest(host, "late")
+        strangers: list[DomId] = []
+        real = host.xen.domain_info
+
+        def domain_info(domid: DomId) -> object:
+            if domid == late.domid and not strangers:
+                strangers.append(domid)
+                host.xen.destroy(late.domid)
+                host.xen.next_domid = domid
+                host.xen.make_domain("55555555-0000-4000-8000-000000000000")
+            return real(domid)
+
+        host.xen.domain_info = domain_info  # type: ignore[method-assign,assignment]
+        with pytest.raises(XshmError, match="ended"):
+            await daemon.engine.apply([attach("late", host.borrow("r", 3))])
+        stranger = host.xen.by_domid[late.domid]
+        assert (stranger.target, stranger.pauses, stranger.p2m) == (None, 1, {})
+
+
+# -- refusals, as a whole -------------------------------------------------------------------------
+
+
+async def test_what_is_refused(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await guest(host, "a", host.request("r", 3), host.request("only", 1, at=16))
+        await guest(host, "b", host.request("s", 3))
+        await guest(host, "plain")
+        (h1, _) = host.holders()
+        free = host.borrow("n", 3, at=64)
+        cases: list[tuple[list[Change], type[XshmError], str]] = [
+            ([attach("nobody", free), add("n")], NoSuchGuest, "no guest nobody"),
+            ([attach(0, free), add("n")], Refused, "dom0"),
+            ([attach(h1, free), add("n")], Refused, "holder"),
+            ([attach("a", free)], ConfigError, "nobody defines"),
+            ([attach("a", host.borrow("s", 3, at=64))], Conflict, "another share group"),
+            ([attach("plain", host.borrow("s", 3)), attach("plain", host.borrow("r", 3, at=64))],
+             Conflict, "two share groups"),
+            ([attach("a", host.borrow("r", 3, at=64))], Conflict, "already"),
+            ([attach("plain", host.borrow("r", 4))], ConfigError, "ends at"),
+            ([attach("plain", dataclasses.replace(free, first_gfn=Gfn(0))),
+              add("n")], ConfigError, "RAM"),
+            ([add("n", 1 << 30)], OutOfMemory, "free"),
+            ([add("r")], Conflict, "exists already"),
+            ([add("n"), add("n")], Conflict, "twice"),
+            ([add("n", lifetime=Lifetime.MEMBERS)], ConfigError, "freed at once"),
+            ([add("n", lifetime=Lifetime.OWNER)], ConfigError, "no owner"),
+            ([detach("a", "s")], NoSuchRegion, "has no region s"),
+            ([detach("plain", "s")], NoSuchRegion, "has no region s"),
+            ([remove("nothing")], NoSuchRegion, "no region nothing"),
+            ([remove("r")], Conflict, "has members: a"),
+            ([remove("r", force=True), attach("plain", host.borrow("r", 3))], Conflict, "two sets"),
+        ]  # fmt: skip
+        fine: list[Change] = [add("fine"), attach("b", host.borrow("fine", 3, at=640))]
+        alone_or_not: list[list[Change]] = [[], fine]
+        before = picture(host)
+        for changes, kind, words in cases:
+            for more in alone_or_not:
+                for dry_run in (True, False):
+                    with pytest.raises(kind) as caught:
+                        await daemon.engine.apply([*more, *changes], dry_run=dry_run)
+                    assert words in caught.value.one_line()
+                    assert caught.value.hint or caught.value.parts
+                    assert picture(host) == before
+
+
+async def test_every_broken_rule_is_said_at_once(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        with pytest.raises(NoSuchGuest) as caught:
+            await daemon.engine.apply([attach("x", host.borrow("n")), remove("y")])
+        assert "there is no region y" in caught.value.message
+
+
+async def test_a_failure_in_the_middle_undoes_all(autojump_clock: MockClock) -> None:
+    """The second guest's map fails: the first has nothing of it either, nor is the region there."""
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        b = await guest(host, "b", host.borrow("r", 3))
+        late = await guest(host, "late")
+        before = picture(host)
+        wanted = host.borrow("n", 2, at=64)
+        host.xen.fail("map_foreign", errno.ENOMEM, nth=3)
+        with pytest.raises(XshmError):
+            await daemon.engine.apply(
+                [add("n", 2), *(attach(name, wanted) for name in ("a", "b", "late"))]
+            )
+        assert host.running(a)
+        assert host.running(b)
+        assert host.running(late)
+        # The guest that was to join has its target now: it stays with this holder.
+        record = daemon.guest("late")
+        assert record is not None
+        assert record.requests == ()
+        host.xen.fail("map_foreign", errno.ENOMEM, nth=2)
+        with pytest.raises(XshmError):
+            await daemon.engine.apply([add("n", 2), attach("a", wanted), attach("b", wanted)])
+        assert [one.region_id for one in daemon.engine.snapshot().regions] == ["r"]
+        assert frames(host, a) == frames(host, b) == span(host.request("r", 3))
+        assert before != picture(host)  # the paging pools have grown
+        await host.tools.end(late)
+        await host.tools.end(a)
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+async def test_nothing_is_mapped_over_what_is_there(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        late = await guest(host, "late")
+        wanted = host.borrow("n", 4, at=64)
+        host.xen.set_max_pages(late.domid, 1 << 16)
+        host.xen.populate(late.domid, wanted.first_gfn, 1)
+        with pytest.raises(Refused, match="has already"):
+            await daemon.engine.apply([add("n", 4), attach("late", wanted)])
+        assert host.xen.by_domid[late.domid].p2m[wanted.first_gfn].foreign is False
+        assert host.xen.by_domid[late.domid].target is None
+        assert daemon.guest("late") is None
+        await host.tools.end(late)
+        await host.check_clean()
+
+
+async def test_a_dry_run_says_the_same_and_does_nothing(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await guest(host, "a", host.request("r", 3), host.request("s", 3, at=16))
+        await guest(host, "late")
+        changes: list[Change] = [
+            add("n"), attach("late", host.borrow("n")), attach("late", host.borrow("r", 3, at=64)),
+            detach("a", "s"), remove("s"),
+        ]  # fmt: skip
+        before = picture(host)
+        steps = await daemon.engine.apply(changes, dry_run=True)
+        assert picture(host) == before
+        assert await daemon.engine.apply(changes) == steps
+        assert [step.verb for step in steps] == ["create", "attach", "attach", "detach", "remove"]
+        assert steps[1].text == "pause late and map 12 KiB of n at 0x1000000000"
+
+
+# -- removal --------------------------------------------------------------------------------------
+
+
+async def test_a_region_is_removed_from_all_its_members(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3), host.request("s", 3, at=16))
+        b = await guest(host, "b", host.borrow("r", 3))
+        c = await guest(host, "c", host.borrow("r", 3))
+        host.tools.shut_down(c, SHUTDOWN_REBOOT)
+        await trio.sleep(1)
+        await host.tools.destroy(c)
+        await host.until(lambda: getattr(daemon.guest("c"), "state", None) is GuestState.REBOOTING)
+        steps = await daemon.engine.apply([remove("r", force=True)])
+        assert [step.verb for step in steps] == ["detach"] * 3 + ["remove"]
+        assert frames(host, a) == span(host.request("s", 3, at=16))
+        assert frames(host, b) == set()
+        assert host.xen.unwiped_frees == 0
+        again = await host.tools.create(c.config)
+        assert frames(host, again) == set()
+        for made in (a, b, again):
+            await host.tools.end(made)
+        await host.check_clean()
+
+
+async def test_a_guest_that_ends_while_its_region_is_removed(autojump_clock: MockClock) -> None:
+    """It is about to reboot: it comes back, and does not ask for what is no more."""
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3), host.request("s", 2, at=16))
+        host.tools.shut_down(a, SHUTDOWN_REBOOT)
+        await trio.sleep(1)
+
+        def end_it(call: Call) -> None:
+            if call.kind == "pause" and call.arguments == (a.domid,):
+                host.xen.before = lambda call: None
+                host.xen.destroy(a.domid)
+
+        host.xen.before = end_it
+        await daemon.engine.apply([remove("r", force=True)])
+        await host.until(lambda: getattr(daemon.guest("a"), "state", None) is GuestState.REBOOTING)
+        for path in (f"/local/domain/{a.domid}", f"/libxl/{a.domid}"):
+            host.server.remove(path)
+        again = await host.tools.create(a.config)
+        assert frames(host, again) == span(host.request("s", 2, at=16))
+
+
+async def test_a_systems_region_outlives_everybody(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        host.finder.defined.append(RegionConfig(region_id="n", nr_frames=4))
+        a = await guest(host, "a", host.borrow("n", 3))
+        host.xen.guest_write(a.domid, host.borrow("n").first_gfn, 0, b"kept")
+        await host.tools.end(a)
+        await trio.sleep(100)
+        await daemon.kill()
+        daemon = await host.start()
+        b = await guest(host, "b", host.borrow("n", 2))
+        assert host.xen.guest_read(b.domid, host.borrow("n").first_gfn, 0, 4) == b"kept"
+        await host.tools.end(b)
+        await host.until(lambda: daemon.engine.snapshot().guests == ())
+        await daemon.engine.apply([remove("n")])
+        await host.check_clean()
+
+
+async def fill(daemon: Daemon, region_id: str, data: bytes) -> None:
+    await daemon.engine.write_region(region_id, 4096, data)
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_a_region_that_nobody_has_goes_where_it_is_wanted(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    """Each was made for itself, in a holder of its own; a guest has one holder for all of them."""
+    async with world(arch) as host:
+        daemon = await host.start()
+        for region_id in ("x", "y", "z"):
+            await daemon.engine.apply([add(region_id, 3)])
+            await fill(daemon, region_id, region_id.encode())
+        assert len(host.holders()) == 3
+        x, y, z = (host.borrow(one, 3, at=at) for one, at in (("x", 0), ("y", 16), ("z", 32)))
+        a = await guest(host, "a", y, x)
+        assert host.xen.guest_read(a.domid, x.first_gfn + 1, 0, 1) == b"x"
+        assert host.xen.guest_read(a.domid, y.first_gfn + 1, 0, 1) == b"y"
+        moved, _ = await daemon.engine.apply([attach("a", z)])
+        assert "move the 12 KiB of z, which nobody has, to holder" in moved.text
+        assert host.xen.guest_read(a.domid, z.first_gfn + 1, 0, 1) == b"z"
+        assert host.xen.unwiped_frees == 0
+        await host.until(lambda: len(host.holders()) == 1, "the empty holders to go")
+        assert [one.region_id for one in daemon.engine.snapshot().regions] == ["x", "y", "z"]
+        await host.tools.end(a)
+        await host.until(lambda: daemon.engine.snapshot().guests == ())
+        await daemon.engine.apply([remove("x"), remove("y"), remove("z")])
+        await host.check_clean()
+
+
+# -- owner gone -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", list(Arch), ids=str)
+async def test_an_owner_that_is_gone_takes_its_region_along(
+    autojump_clock: MockClock, arch: Arch
+) -> None:
+    async with world(arch) as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3, lifetime=None))
+        other = host.request("other", 2, at=32)
+        b = await guest(host, "b", host.borrow("r", 3), other)
+        c = await guest(host, "c", host.borrow("r", 2))
+        heard: list[Event] = []
+        async with daemon.engine.monitor() as events:
+            await host.tools.end(a)
+            await host.until(lambda: len(daemon.engine.snapshot().regions) == 1, "r to be freed")
+            while events.statistics().current_buffer_used:
+                heard.append(events.receive_nowait())
+        assert frames(host, b) == span(other)
+        assert frames(host, c) == set()
+        assert host.running(b)
+        assert host.running(c)
+        assert host.xen.unwiped_frees == 0
+        assert host.server.read(f"/local/domain/{b.domid}/xshm/r") is None
+        assert [(one.kind, one.guest, one.reason) for one in heard] == [
+            (EventKind.PEER_LEFT, "a", "guest ended"),
+            (EventKind.PEER_LEFT, "b", "owner gone"),
+            (EventKind.PEER_LEFT, "c", "owner gone"),
+            (EventKind.REGION_REMOVED, "a", "owner gone"),
+        ]
+        await host.tools.end(b)
+        await host.tools.end(c)
+        await host.check_clean()
+
+
+async def test_an_owner_that_reboots_is_not_gone(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        await host.start(reboot_grace_s=20.0)
+        a = await host.tools.create(host.config("a", host.request("r", 3, lifetime=None)))
+        b = await guest(host, "b", host.borrow("r", 3))
+        host.xen.guest_write(b.domid, host.borrow("r").first_gfn, 0, b"kept")
+        again = await host.tools.reboot(a)
+        assert host.xen.guest_read(again.domid, host.borrow("r").first_gfn, 0, 4) == b"kept"
+        await host.tools.end(again, SHUTDOWN_REBOOT)
+        await trio.sleep(15)
+        assert frames(host, b) == span(host.borrow("r", 3))
+        await trio.sleep(10)
+        assert frames(host, b) == set()
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+async def test_an_owner_that_is_still_to_come_is_not_gone(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        owner = host.config("a", host.request("r", 3, lifetime=None))
+        b = await host.tools.create(host.config("b", host.borrow("r", 3)))
+        await trio.sleep(100)
+        assert frames(host, b) == span(host.borrow("r", 3))
+        await daemon.kill()
+        await host.start()
+        a = await host.tools.create(owner)
+        host.config("b")
+        await host.tools.end(a)
+        await host.until(lambda: not frames(host, b), "its region to be withdrawn")
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+async def test_an_owner_that_ended_while_nobody_looked(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start(reboot_grace_s=20.0)
+        a = await guest(host, "a", host.request("r", 3, lifetime=None))
+        b = await guest(host, "b", host.borrow("r", 3))
+        await daemon.kill()
+        await host.tools.end(a)
+        await host.start(reboot_grace_s=20.0)
+        await trio.sleep(15)
+        assert frames(host, b) == span(host.borrow("r", 3))
+        await trio.sleep(10)
+        assert frames(host, b) == set()
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+async def test_a_region_of_its_members_outlives_its_owner(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        await host.start()
+        a = await guest(host, "a", host.request("r", 3, lifetime=Lifetime.MEMBERS))
+        b = await guest(host, "b", host.borrow("r", 3))
+        await host.tools.end(a)
+        await trio.sleep(100)
+        assert frames(host, b) == span(host.borrow("r", 3))
+        await host.tools.end(b)
+        await host.check_clean()
+
+
+# -- events and figures ---------------------------------------------------------------------------
+
+
+async def test_events_of_a_guests_life(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        async with daemon.engine.monitor() as events:
+            a = await guest(host, "a", host.request("r", 3))
+            await daemon.engine.apply([add("n", 2), attach("a", host.borrow("n", 2, at=64))])
+            await daemon.engine.apply([remove("n", force=True)])
+            await host.tools.end(a)
+            await host.check_clean()
+            heard = []
+            while events.statistics().current_buffer_used:
+                heard.append(events.receive_nowait())
+        assert [(one.kind, one.region, one.reason) for one in heard] == [
+            (EventKind.HOLDER_CREATED, "", ""),
+            (EventKind.REGION_CREATED, "r", "guest created"),
+            (EventKind.PEER_JOINED, "r", "guest created"),
+            (EventKind.REGION_CREATED, "n", "admin"),
+            (EventKind.PEER_JOINED, "n", "admin"),
+            (EventKind.PEER_LEFT, "n", "admin"),
+            (EventKind.REGION_REMOVED, "n", "admin"),
+            (EventKind.PEER_LEFT, "r", "guest ended"),
+            (EventKind.HOLDER_DESTROYED, "", ""),
+            (EventKind.REGION_REMOVED, "r", "its last member ended"),
+        ]
+        figures = daemon.engine.statistics()
+        assert (figures["attaches"], figures["detaches"], figures["refusals"]) == (2, 2, 0)
+        assert (figures["regions"], figures["guests"], figures["bytes_shared"]) == (0, 0, 0)
+        assert figures["messages_sent"] > 10
+        assert figures["uptime_seconds"] > 0
+
+
+async def test_what_is_undone_is_said_too(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        b = await guest(host, "b", host.borrow("r", 3))
+        host.xen.fail("map_foreign", errno.ENOMEM, nth=2)
+        async with daemon.engine.monitor() as events:
+            wanted = host.borrow("n", 2, at=64)
+            with pytest.raises(HypercallFailed):
+                await daemon.engine.apply([add("n", 2), attach("a", wanted), attach("b", wanted)])
+            heard = []
+            while events.statistics().current_buffer_used:
+                heard.append(events.receive_nowait())
+        kinds = [one.kind for one in heard if one.guest == "a"]
+        assert kinds == [EventKind.PEER_JOINED, EventKind.PEER_LEFT]
+        assert frames(host, a) == frames(host, b)
+
+
+# -- reload ---------------------------------------------------------------------------------------
+
+
+async def declared(host: World, name: str, *requests: RegionRequest) -> None:
+    """Have a file of ours say this of a guest."""
+    host.config(name, *(in_file(request, name) for request in requests))
+    host.finder.declared.add(name)
+
+
+def in_file(request: RegionRequest, name: str) -> RegionRequest:
+    place = dataclasses.replace(request.place, file=f"/etc/xshmd/guests.d/{name}.toml")
+    return dataclasses.replace(request, place=place)
+
+
+def kinds(daemon: Daemon) -> list[tuple[str, Lifetime]]:
+    return [(one.region_id, one.lifetime) for one in daemon.engine.snapshot().regions]
+
+
+async def test_a_reload_makes_guests_as_their_files_say(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        await declared(host, "a", host.borrow("n", 2))
+        host.finder.defined.append(RegionConfig(region_id="n", nr_frames=2))
+        daemon = await host.start()
+        a = await host.tools.create(host.finder.files["a"])  # type: ignore[arg-type]
+        assert await daemon.engine.reload() == ()
+        host.finder.defined.append(RegionConfig(region_id="m", nr_frames=4))
+        more = host.borrow("m", 4, at=64)
+        await declared(host, "a", host.borrow("n", 2), more)
+        dry = await daemon.engine.reload(dry_run=True)
+        assert [step.verb for step in dry] == ["create", "attach"]
+        assert frames(host, a) == span(host.borrow("n", 2))
+        assert await daemon.engine.reload() == dry
+        assert frames(host, a) == span(host.borrow("n", 2)) | span(more)
+        await declared(host, "a", more)
+        host.finder.defined.pop(0)
+        steps = await daemon.engine.reload()
+        assert [(step.verb, step.region) for step in steps] == [("detach", "n"), ("remove", "n")]
+        assert frames(host, a) == span(more)
+        assert kinds(daemon) == [("m", Lifetime.SYSTEM)]
+        # Defined no more, but in use: it stays for as long as it is.
+        host.finder.defined.clear()
+        (step,) = await daemon.engine.reload()
+        assert "stays until its members end" in step.text
+        assert kinds(daemon) == [("m", Lifetime.MEMBERS)]
+        await host.tools.end(a)
+        await host.check_clean()
+
+
+async def test_a_reload_gives_a_running_guest_its_first_region(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a"))
+        await declared(host, "a", host.request("r", 3, lifetime=None))
+        (create, give) = await daemon.engine.reload()
+        assert (create.verb, give.verb, give.domid) == ("create", "attach", a.domid)
+        assert frames(host, a) == span(host.request("r", 3))
+        assert await daemon.engine.reload() == ()
+        await host.tools.end(a)
+        await host.check_clean()
+
+
+async def test_a_guest_whose_memory_is_being_made_cannot_join(autojump_clock: MockClock) -> None:
+    """It has no regions, so the gate let it go at once, and libxl is still at work on it."""
+    async with world() as host:
+        daemon = await host.start()
+        refusals: list[XshmError] = []
+
+        async def ask() -> None:
+            with pytest.raises(Conflict, match="is being created") as caught:
+                await daemon.engine.apply([add("n"), attach("a", host.borrow("n"))])
+            refusals.append(caught.value)
+
+        async with trio.open_nursery() as nursery:
+            host.tools.at_step = lambda step, domid: (
+                nursery.start_soon(ask) if step in ("pool", "memory") else None
+            )
+            a = await host.tools.create(host.config("a"))
+        assert len(refusals) == 2
+        await daemon.engine.apply([add("n"), attach("a", host.borrow("n"))])
+        assert frames(host, a) == span(host.borrow("n"))
+
+
+async def test_a_reload_leaves_alone_what_no_file_of_ours_said(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        xl = await host.tools.create(host.config("xl", host.request("r", 3)))
+        await daemon.engine.apply([add("n", 2), attach("xl", host.borrow("n", 2, at=64))])
+        host.finder.files.clear()
+        assert await daemon.engine.reload() == ()
+        assert len(frames(host, xl)) == 5
+        assert [one[0] for one in kinds(daemon)] == ["n", "r"]
+
+
+async def test_a_file_that_is_gone_withdraws(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        await declared(host, "a", host.request("r", 3))
+        daemon = await host.start()
+        a = await host.tools.create(host.finder.files["a"])  # type: ignore[arg-type]
+        del host.finder.files["a"]
+        steps = await daemon.engine.reload()
+        assert [(step.verb, step.region) for step in steps] == [("detach", "r")]
+        assert frames(host, a) == set()
+        await host.tools.end(a)
+        await host.check_clean()
+
+
+async def test_a_reload_with_a_wrong_file_does_nothing(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        await declared(host, "a", host.request("r", 3))
+        daemon = await host.start()
+        a = await host.tools.create(host.finder.files["a"])  # type: ignore[arg-type]
+        await declared(host, "a", host.request("r", 3), host.request("s", 3, at=64))
+        host.finder.files["b"] = ConfigError("b.toml: nonsense", hint="mend it")
+        before = picture(host)
+        with pytest.raises(ConfigError, match="nonsense"):
+            await daemon.engine.reload()
+        assert picture(host) == before
+        del host.finder.files["b"]
+        await daemon.engine.reload()
+        assert len(frames(host, a)) == 6
+        assert daemon.engine.statistics()["reloads"] == 1
+
+
+async def test_a_reload_cannot_change_a_size_in_use(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        host.finder.defined.append(RegionConfig(region_id="n", nr_frames=4))
+        daemon = await host.start()
+        a = await guest(host, "a", host.borrow("n", 3))
+        host.finder.defined[0] = RegionConfig(region_id="n", nr_frames=8)
+        with pytest.raises(Conflict, match="has members"):
+            await daemon.engine.reload()
+        await host.tools.end(a)
+        await host.until(lambda: daemon.engine.snapshot().guests == ())
+        await daemon.engine.reload()
+        await host.check_clean()
+
+
+# -- xenstored fails us ---------------------------------------------------------------------------
+
+
+async def _changes_with(host: World, daemon: Daemon, arm: Callable[[], None]) -> None:
+    """Make and unmake a set of changes with xenstored failing somewhere in it."""
+    a = await guest(host, "a", host.request("r", 3))
+    late = await guest(host, "late")
+    wanted = host.borrow("n", 2, at=64)
+    arm()
+    for changes, after in (
+        ((add("n", 2), attach("a", wanted), attach("late", wanted)), span(wanted)),
+        ((detach("a", "n"), remove("n", force=True)), set()),
+    ):
+        while True:
+            try:
+                await daemon.engine.apply(changes)
+                break
+            except StoreTrouble:
+                await trio.sleep(20)  # it is undone, or finished
+                has = frames(host, late)
+                assert has in (set(), span(wanted))
+                assert frames(host, a) == span(host.request("r", 3)) | has
+                if has == after:
+                    break
+        assert frames(host, late) == after
+        assert host.running(a)
+        assert host.running(late)
+    await host.tools.end(a)
+    await host.tools.end(late)
+    await host.check_clean()
+
+
+@pytest.mark.parametrize("how", ["drop_before", "drop_after", "silent"])
+def test_xenstored_fails_at_any_message(how: str) -> None:
+    async def one(nth: int) -> int:
+        async with world() as host:
+            daemon = await host.start()
+            seen: list[xs.Request] = []
+
+            def choose(request: xs.Request) -> bool:
+                if request.op in (xs.WRITE, xs.RM):
+                    seen.append(request)
+                    return len(seen) == nth
+                return False
+
+            def arm() -> None:
+                setattr(host.server.faults, how, choose)
+
+            await _changes_with(host, daemon, arm)
+            return len(seen)
+
+    total = trio.run(one, 0, clock=MockClock(autojump_threshold=0))
+    assert total > 20
+    failed = []
+    for nth in sampled(range(1, total + 1)):
+        try:
+            trio.run(one, nth, clock=MockClock(autojump_threshold=0))
+        except Exception as error:
+            failed.append((nth, error))
+    assert failed == []
+
+
+@pytest.mark.parametrize("how", ["drop_before", "drop_after"])
+async def test_a_commit_that_is_in_doubt_is_taken_back(autojump_clock: MockClock, how: str) -> None:
+    """xenstored may have it or not: before anything is undone, it says that there was none."""
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        lost: list[xs.Request] = []
+
+        def choose(request: xs.Request) -> bool:
+            is_it = b'"committed":true' in request.payload and not lost
+            lost.extend([request] * is_it)
+            return is_it
+
+        setattr(host.server.faults, how, choose)
+        said: list[bool] = []
+
+        def look(call: Call) -> None:
+            if call.kind == "unmap" and lost:
+                (intent,) = host.server.nodes["/xshmd/changes"].children
+                text = host.server.read(f"/xshmd/changes/{intent}")
+                said.append('"committed":false' in (text or ""))
+
+        host.xen.before = look
+        with pytest.raises(StoreTrouble):
+            await daemon.engine.apply([add("n", 2), attach("a", host.borrow("n", 2, at=64))])
+        await host.until(lambda: len(frames(host, a)) == 3, "it to be undone")
+        assert said == [True]
+        assert host.running(a)
+
+
+async def test_what_a_guest_puts_where_a_region_was_is_its_own(autojump_clock: MockClock) -> None:
+    """Unmapped it is, but xenstored did not get to know: it is not unmapped a second time."""
+    async with world() as host:
+        daemon = await host.start()
+        a = await guest(host, "a", host.request("r", 3))
+        await guest(host, "b", host.borrow("r", 3))
+        host.xen.set_max_pages(a.domid, 1 << 16)
+        unmapped: list[Call] = []
+        host.xen.after = lambda call: unmapped.extend([call] * (call.kind == "unmap"))
+
+        def choose(request: xs.Request) -> bool:
+            is_it = request.path.startswith("/xshmd/guests/") and len(unmapped) == 1
+            unmapped.extend(unmapped * is_it)
+            return is_it
+
+        host.server.faults.drop_before = choose
+        with pytest.raises(StoreTrouble):
+            await daemon.engine.apply([detach("a", "r")])
+        gfn = host.request("r").first_gfn
+        host.xen.populate(a.domid, gfn, 1)
+        await host.until(lambda: not host.server.nodes["/xshmd/changes"].children, "its end")
+        assert host.server.read(f"/local/domain/{a.domid}/xshm/r") is None
+        assert host.xen.by_domid[a.domid].p2m[gfn].page.owner.domid == a.domid

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reads and writes the bytes of a region from dom0: to fill it beforehand, or to look into it.
+
+It happens in the reconciler's loop, so no region is freed meanwhile: what was written after the
+wipe would be left in a page that Xen gives to somebody else.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from xshmd.engine.holders import Holders
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.xen_worker import XenWorker
+from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
+from xshmd.model import Backing, Region
+from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
+
+log = structlog.get_logger()
+
+
+class Access:
+    """dom0's own way into regions.  Used by the reconciler alone."""
+
+    def __init__(
+        self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, holders: Holders
+    ) -> None:
+        self._xen, self._worker, self._ledger, self._holders = xen, worker, ledger, holders
+        self._written: tuple[str, int] = ("", 0)
+        """Where the last write ended: region and byte."""
+
+    async def read(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
+        """Do as :meth:`xshmd.ports.RegionsApi.read_region`."""
+        domid, start = self._find(region_id, offset_bytes, nr_bytes)
+        return await self._worker.run(self._read_now, domid, start, nr_bytes)
+
+    async def write(
+        self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
+    ) -> None:
+        """Do as :meth:`xshmd.ports.RegionsApi.write_region`, and leave a line in the log."""
+        domid, start = self._find(region_id, offset_bytes, len(data))
+        if dry_run:
+            return
+        await self._worker.run(self._write_now, domid, start, data)
+        # A large load comes in many pieces: one line says where it began, for a flood of them
+        # would have the journal drop others.
+        say = log.debug if self._written == (region_id, offset_bytes) else log.info
+        say("region written", region=region_id, offset_bytes=offset_bytes, nr_bytes=len(data))
+        self._written = (region_id, offset_bytes + len(data))
+
+    def _find(self, region_id: str, offset_bytes: int, nr_bytes: int) -> tuple[DomId, int]:
+        """Return the domain to map, and the byte of it at which the part begins."""
+        region = self._ledger.region(region_id)
+        if region is None:
+            raise NoSuchRegion(
+                f"there is no region {region_id}",
+                hint="xshmctl list shows those there are",
+                id=region_id,
+            )
+        _check_bounds(region, offset_bytes, nr_bytes)
+        if region.terms.backing is not Backing.HOLDER:
+            raise Refused(
+                f"region {region_id} is memory of the host, which xshmd itself does not touch",
+                hint="read or write it in a guest that has it",
+                id=region_id,
+            )
+        holder = self._ledger.holder(region.holder_uuid)
+        if not region.ready or holder is None:
+            raise Conflict(
+                f"the memory of region {region_id} is not there (any more)",
+                hint="xshmctl show says how it is; try again",
+                id=region_id,
+            )
+        self._holders.verify(holder)
+        return holder.domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
+
+    def _read_now(self, domid: DomId, start: int, nr_bytes: int) -> bytes:
+        first_gfn, skip, nr_frames = _frames(start, nr_bytes)
+        pages = self._xen.map_pages(domid, first_gfn, nr_frames, writable=False)
+        try:
+            return pages.read(skip, nr_bytes)
+        finally:
+            pages.close()
+
+    def _write_now(self, domid: DomId, start: int, data: bytes) -> None:
+        first_gfn, skip, nr_frames = _frames(start, len(data))
+        pages = self._xen.map_pages(domid, first_gfn, nr_frames, writable=True)
+        try:
+            pages.write(skip, data)
+        finally:
+            pages.close()
+
+
+def _check_bounds(region: Region, offset_bytes: int, nr_bytes: int) -> None:
+    if not 1 <= nr_bytes <= MAX_ACCESS_BYTES:
+        raise UsageError(
+            f"{nr_bytes} bytes of a region at a time",
+            hint=f"read and write it in pieces of 1 to {MAX_ACCESS_BYTES} bytes",
+        )
+    if offset_bytes < 0 or offset_bytes + nr_bytes > region.size_bytes:
+        raise UsageError(
+            f"{nr_bytes} bytes at {offset_bytes} are not in region {region.region_id}",
+            hint=f"it has {region.size_bytes} bytes",
+        )
+
+
+def _frames(start: int, nr_bytes: int) -> tuple[Gfn, int, int]:
+    """Return the frames that hold a range of bytes: the first, the bytes to skip, how many."""
+    first, skip = start >> PAGE_SHIFT, start % PAGE_SIZE
+    return Gfn(first), skip, -(-(skip + nr_bytes) // PAGE_SIZE)

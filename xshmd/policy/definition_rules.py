@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the definition of a region can say, whoever its members are.
+
+"seeds" in the sources below is reference/seeds-and-peers.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from xshmd.model import (
+    MAX_REGION_ID_LENGTH,
+    Arch,
+    Backing,
+    Isolation,
+    Lifetime,
+    RegionTerms,
+    Transport,
+)
+from xshmd.policy.definitions import Definition, Said
+from xshmd.policy.entry_rules import CACHE_POLICY
+from xshmd.policy.findings import Findings, config_error, conflict, refused
+from xshmd.units import MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, human_size
+
+_ID: Final = re.compile(rf"[_a-zA-Z0-9@-]{{1,{MAX_REGION_ID_LENGTH}}}")
+_MAX_FRAMES: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
+
+UNSUPPORTED: Final[Mapping[Transport | Isolation, tuple[str, str]]] = {
+    Transport.GRANT: (
+        "it gives memory to guests that map nothing themselves",
+        "say transport=physmap, or leave it out",
+    ),
+    Isolation.SEALED: (
+        "the members of a share group can reach all of its regions while they run",
+        "leave it out if the members may trust each other, or give no guest two of such regions",
+    ),
+    Isolation.REGION: (
+        "the members of a share group can reach all of its regions while they run",
+        "leave it out if the members may trust each other, or give no guest two of such regions",
+    ),
+}
+"""Terms that this xshmd cannot keep: why not, and what to say instead."""
+
+
+def bad_id(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """An id is part of xenstore paths and of three file formats (seeds A14)."""
+    if not _ID.fullmatch(definition.region_id):
+        yield config_error(
+            "bad-id",
+            definition.place,
+            f"{definition.region_id[:40]!a} is no id of a region",
+            f"1 to {MAX_REGION_ID_LENGTH} characters a-z A-Z 0-9 _ - @ are possible",
+        )
+
+
+def size_zero(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """A region has at least one page and fits into an address space (seeds B10)."""
+    if not 0 < definition.nr_frames <= _MAX_FRAMES:
+        most = human_size(1 << MAX_GUEST_ADDRESS_BITS)
+        yield config_error(
+            "size-zero",
+            definition.place,
+            f"region '{definition.region_id}' has a size of {definition.nr_frames} pages",
+            f"say a size of one page or more, and at most {most}",
+        )
+
+
+def unsupported_terms(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """What cannot be kept is refused, never given weaker than it was written (DESIGN section 2)."""
+    for term in (definition.terms.transport, definition.terms.isolation):
+        if term is not None and term in UNSUPPORTED:
+            why, remedy = UNSUPPORTED[term]
+            yield refused(
+                "unsupported-terms",
+                definition.place,
+                f"region '{definition.region_id}' asks for {_said(term)}, which this xshmd cannot"
+                f" keep: {why}",
+                remedy,
+            )
+
+
+def lifetime_contradiction(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """Who defines a region says whose it is, so that also ends it (seeds B7)."""
+    terms = definition.terms
+    if definition.owner and terms.lifetime is Lifetime.SYSTEM:
+        yield config_error(
+            "lifetime-contradiction",
+            definition.place,
+            f"region '{definition.region_id}' has lifetime=system, but is owned by guest"
+            f" '{definition.owner}'",
+            "define it apart from any guest, in a file in /etc/xshmd/regions.d, or say"
+            " lifetime=members",
+        )
+    if not definition.owner and terms.lifetime is Lifetime.OWNER:
+        yield config_error(
+            "lifetime-contradiction",
+            definition.place,
+            f"region '{definition.region_id}' has lifetime=owner, but no owner",
+            "name its owner, or say lifetime=members or lifetime=system",
+        )
+
+
+def other_cache_policy(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """As :func:`xshmd.policy.entry_rules.other_cache_policy`, for what the system defines."""
+    policy = definition.terms.cache_policy
+    if definition.owner or policy is None or arch is None or policy is CACHE_POLICY[arch]:
+        return
+    yield config_error(
+        "other-cache-policy",
+        definition.place,
+        f"region '{definition.region_id}' has cache_policy={policy}, which is not for {arch}",
+        f"say cache_policy={CACHE_POLICY[arch]} or leave it out",
+    )
+
+
+def host_address(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """Memory of the host is said by its address, and no other is (seeds B3, B10)."""
+    terms = definition.terms
+    if (terms.backing is Backing.HOST) == (terms.host_first_mfn is not None):
+        return
+    yield config_error(
+        "host-address",
+        definition.place,
+        f"region '{definition.region_id}' has {_backing_text(terms)}",
+        "say both, or neither",
+    )
+
+
+def shared_host_range(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """Two ids never name the same memory (seeds A10, B11)."""
+    for other in said.sharing_host_frames(definition):
+        yield conflict(
+            "shared-host-range",
+            definition.place,
+            f"region '{definition.region_id}' of {definition.who} has host memory that region"
+            f" '{other.region_id}' of {other.who} has as well",
+            "give each region a range of its own, or both guests the same region",
+            region=definition.region_id,
+        )
+
+
+def defined_twice(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """What the system defines it defines once (seeds B11)."""
+    if definition.owner:
+        return
+    first = next(one for one in said.definitions(definition.region_id) if not one.owner)
+    if first != definition:
+        yield conflict(
+            "defined-twice",
+            definition.place,
+            f"region '{definition.region_id}' is defined already, by {first.who}",
+            "remove one of the two definitions",
+            region=definition.region_id,
+        )
+
+
+DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...] = (
+    bad_id,
+    size_zero,
+    unsupported_terms,
+    lifetime_contradiction,
+    other_cache_policy,
+    host_address,
+    shared_host_range,
+    defined_twice,
+)
+
+
+def _said(term: Transport | Isolation) -> str:
+    return f"{'transport' if isinstance(term, Transport) else 'isolation'}={term}"
+
+
+def _backing_text(terms: RegionTerms) -> str:
+    if terms.backing is Backing.HOST:
+        return "backing=host without a host address"
+    return f"a host address without backing={Backing.HOST}"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Says a plan of changes in words, step by step, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from xshmd.model import GuestState, Lifetime, Region, Step
+from xshmd.policy.grouping import is_new_home
+from xshmd.units import address_of, bytes_of, human_size
+
+if TYPE_CHECKING:
+    from xshmd.policy.changes import ChangePlan, GuestChange
+
+
+def steps_of(plan: ChangePlan, regions: Mapping[str, Region]) -> tuple[Step, ...]:
+    """Return the steps of a plan, in the order in which they are taken.
+
+    Args:
+        plan: The plan; its own ``steps`` do not matter.
+        regions: Those that exist, by id.
+    """
+    return (
+        *_creates(plan, regions),
+        *(step for change in plan.guests for step in _attaches(change)),
+        *(step for change in plan.guests for step in _detaches(change)),
+        *_lifetimes(plan),
+        *_removes(plan, regions),
+    )
+
+
+def _creates(plan: ChangePlan, regions: Mapping[str, Region]) -> Iterator[Step]:
+    for region_id, home in plan.moves:
+        size = human_size(regions[region_id].size_bytes)
+        yield Step(
+            verb="create",
+            region=region_id,
+            text=f"move the {size} of {region_id}, which nobody has, to {_holder(home)}",
+        )
+    for new, home in plan.creates:
+        where = _holder(home)
+        yield Step(
+            verb="create",
+            region=new.region_id,
+            text=f"make {human_size(bytes_of(new.nr_frames))} for {new.region_id} in {where}",
+        )
+
+
+def _holder(home: str) -> str:
+    return "a new holder" if is_new_home(home) else f"holder {home}"
+
+
+def _attaches(change: GuestChange) -> Iterator[Step]:
+    guest = change.guest
+    for request in change.attach:
+        yield Step(
+            verb="attach", region=request.region_id, guest=guest.name, domid=guest.domid,
+            text=f"pause {guest.name} and map {human_size(request.size_bytes)} of "
+            f"{request.region_id} at {address_of(request.first_gfn):#x}",
+        )  # fmt: skip
+
+
+def _detaches(change: GuestChange) -> Iterator[Step]:
+    guest = change.guest
+    away = guest.state is GuestState.REBOOTING
+    for request in change.detach:
+        size, at = human_size(request.size_bytes), address_of(request.first_gfn)
+        yield Step(
+            verb="detach", region=request.region_id, guest=guest.name,
+            domid=None if away else guest.domid,
+            text=f"do not give {guest.name} {request.region_id} again when it comes back"
+            if away
+            else f"pause {guest.name} and unmap {size} of {request.region_id} at {at:#x}",
+        )  # fmt: skip
+
+
+def _lifetimes(plan: ChangePlan) -> Iterator[Step]:
+    for region_id, lifetime in plan.lifetimes:
+        if lifetime is Lifetime.MEMBERS:
+            text = f"{region_id} is no longer defined: it stays until its members end"
+        else:
+            text = f"{region_id} is defined again: it stays when its members end"
+        verb = "remove" if lifetime is Lifetime.MEMBERS else "create"
+        yield Step(verb=verb, region=region_id, text=text)
+
+
+def _removes(plan: ChangePlan, regions: Mapping[str, Region]) -> Iterator[Step]:
+    for region_id in plan.removes:
+        size = human_size(regions[region_id].size_bytes)
+        yield Step(verb="remove", region=region_id, text=f"wipe and free the {size} of {region_id}")
