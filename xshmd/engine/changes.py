@@ -24,7 +24,7 @@ from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import LIMIT, pause_count
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import DomainGone, NoSuchGuest, StoreTrouble, XshmError
+from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, XshmError
 from xshmd.model import Guest, GuestState, Region, RegionRequest
 from xshmd.policy.changes import ChangePlan, GuestChange
 from xshmd.policy.grouping import is_new_home
@@ -50,6 +50,8 @@ class Changes:
         self._xen, self._worker, self._store = xen, worker, store
         self._ledger, self._holders, self._hub = ledger, holders, hub
         self._had: dict[str, set[Span]] = {}
+        self._owed: list[Guest] = []
+        """Guests whose pause Xen would not take back yet."""
 
     # -- a set of changes -----------------------------------------------------------------------
 
@@ -103,7 +105,17 @@ class Changes:
         except XshmError:
             await self._undo(self._now(intent))
             raise
-        await self._finish(await self._ledger.commit_intent(self._now(intent)))
+        committed = await self._ledger.commit_intent(self._now(intent))
+        try:
+            await self._finish(committed)
+        except XshmError as error:
+            # It is decided, and what is left of it is done by the looks that follow.
+            log.warning("changes to be finished", reason=error.one_line())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be undone, finished or given back."""
+        return not self._ledger.intents and not self._owed
 
     def _now(self, intent: Intent) -> Intent:
         return self._ledger.intent(intent.id) or intent
@@ -136,6 +148,10 @@ class Changes:
 
     async def settle(self) -> None:
         """Undo or finish what was cut off; what cannot be now is tried again at the next look."""
+        owed, self._owed = self._owed, []
+        for guest in owed:
+            if self._lives(guest):
+                self._unpause(guest)
         for intent in self._ledger.intents:
             try:
                 if intent.is_committed:
@@ -313,10 +329,18 @@ class Changes:
         try:
             yield part
         finally:
-            with contextlib.suppress(DomainGone):
-                self._xen.unpause(guest.domid)
+            self._unpause(guest)
             now = next(one for one in self._now(intent).parts if one.generation == part.generation)
             self._ledger.know_part(intent.id, dataclasses.replace(now, pauses=None))
+
+    def _unpause(self, guest: Guest) -> None:
+        try:
+            self._xen.unpause(guest.domid)
+        except DomainGone:
+            pass
+        except HypercallFailed as error:
+            log.error("guest not unpaused yet", guest=guest.name, reason=error.one_line())
+            self._owed.append(guest)
 
     async def give_pauses_back(self) -> None:
         """After a start: leave on every guest the pauses of others, and none of ours."""

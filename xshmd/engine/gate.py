@@ -78,26 +78,38 @@ class Gate:
             task_status: Started once what is there at the start has been looked at.
         """
         async with self._store.watch(ROOT) as events, trio.open_nursery() as nursery:
+            due: set[str] = set()
 
-            async def again(path: str) -> None:
+            async def again(path: str, at_start: bool) -> None:
                 await trio.sleep(AGAIN_S)
-                await handle(path)
+                due.discard(path)
+                await handle(path, at_start)
 
-            async def handle(path: str) -> None:
+            async def handle(path: str, at_start: bool) -> None:
                 try:
-                    await self._handle(path, on_change, at_start=not started)
+                    failed = await self._handle(path, on_change, at_start=at_start)
                 except XshmError as error:
                     log.warning("gate could not look", path=path, reason=error.one_line())
-                    nursery.start_soon(again, path)
+                    match = _DOMAIN_PATH.fullmatch(path)
+                    failed = [f"{ROOT}/{match[1]}" if match else path]
+                for missed in failed:
+                    if missed not in due:
+                        due.add(missed)
+                        # What ran before our start may run on, however late it is looked at.
+                        nursery.start_soon(again, missed, at_start)
 
             started = False
             async for event in events:
-                await handle(event.path)
+                await handle(event.path, not started)
                 if not started:
                     started = True
                     task_status.started()
 
-    async def _handle(self, path: str, on_change: Callable[[], None], *, at_start: bool) -> None:
+    async def _handle(
+        self, path: str, on_change: Callable[[], None], *, at_start: bool
+    ) -> list[str]:
+        """Look at what an event speaks of; return the paths of the domains that failed."""
+        failed = []
         if (match := _DOMAIN_PATH.fullmatch(path)) is not None:
             domids = [DomId(int(match[1]))]
         else:
@@ -112,10 +124,12 @@ class Gate:
                     await self._look_at(domid, at_start=at_start)
                 except HypercallFailed as error:  # one domain's trouble is not the others'
                     log.warning("gate could not hold", domid=domid, reason=error.one_line())
+                    failed.append(f"{ROOT}/{domid}")
                 finally:
                     self._looking_at.discard(domid)
         if match is None or match[2] is None:
             on_change()
+        return failed
 
     async def _look_at(self, domid: DomId, *, at_start: bool) -> None:
         if not DOMID_0 < domid < DOMID_FIRST_RESERVED:
@@ -150,19 +164,23 @@ class Gate:
         try:
             await self._ledger.put_guest(guest)
             self._hold(guest)
-        except HypercallFailed as error:
+        except XshmError as error:
+            # Looked at again soon, and until then the lock stays: without it xl starts nothing.
             self._seen.pop(domid, None)
-            self.unlock(guest)
-            await self._ledger.drop_guest(guest.generation)
+            if isinstance(error, DomainGone):
+                self.unlock(guest)
+            if isinstance(error, HypercallFailed):
+                await self._ledger.drop_guest(guest.generation)
             if not isinstance(error, DomainGone):
                 raise
-        except XshmError:
-            self._seen.pop(domid, None)  # the lock stays: this domain is looked at again
-            raise
 
     def _hold(self, guest: Guest) -> None:
         self._xen.pause(guest.domid)
-        info = self._xen.domain_info(guest.domid)
+        try:
+            info = self._xen.domain_info(guest.domid)
+        except HypercallFailed:
+            self._xen.unpause(guest.domid)
+            raise
         if info is not None and info.cpu_time_ns > 0:
             self.had_run.add(guest.generation)
 

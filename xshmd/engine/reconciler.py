@@ -32,6 +32,7 @@ from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import (
     Conflict,
     DomainGone,
+    HypercallFailed,
     NoSuchGuest,
     StoreLost,
     StoreTrouble,
@@ -148,12 +149,11 @@ class Reconciler:
     async def _do(self, work: Work) -> None:
         try:
             await work()
-        except StoreTrouble as trouble:
-            # Whatever was begun is in the records, and the next look goes on with it.
-            log.warning("work put off", reason=trouble.one_line())
-            self._look_in(AGAIN_S)
         except XshmError as error:
-            log.error("work failed", reason=error.one_line(), **error.facts)
+            # Whatever was begun is in the records, and the next look goes on with it.
+            say = log.warning if isinstance(error, StoreTrouble) else log.error
+            say("work put off", reason=error.one_line(), **error.facts)
+            self._look_in(AGAIN_S)
         self._changed.set()
         self._changed = trio.Event()
 
@@ -229,25 +229,33 @@ class Reconciler:
         self._look_due = False
         await self._ledger.settle()
         await self._changes.settle()
+        if not self._changes.is_settled:
+            self._look_in(AGAIN_S)
         domains = self._domains()
         await self._ends.check_holders(domains)
         for guest in self._ledger.guests:
-            if guest.state is GuestState.REBOOTING:
-                continue
-            info = domains.get(guest.domid)
-            if info is None or info.uuid != guest.uuid:
-                await self._end(guest)
-            elif guest.state is GuestState.DOOMED:
-                await self._see_doomed(guest, info)
-            elif info.dying:
-                await self._end(guest)
-            elif guest.state is not GuestState.ATTACHED:
-                try:
-                    if await self._passage.advance(guest) is None:
-                        self._hint()
-                except DomainGone:
-                    await self._end(guest)
+            try:
+                await self._look_at(guest, domains.get(guest.domid))
+            except HypercallFailed as error:  # one guest's trouble is not the others'
+                log.warning("guest put off", guest=guest.name, reason=error.one_line())
+                self._look_in(AGAIN_S)
         await self._ends.collect()
+
+    async def _look_at(self, guest: Guest, info: DomainInfo | None) -> None:
+        if guest.state is GuestState.REBOOTING:
+            return
+        if info is None or info.uuid != guest.uuid:
+            await self._end(guest)
+        elif guest.state is GuestState.DOOMED:
+            await self._see_doomed(guest, info)
+        elif info.dying:
+            await self._end(guest)
+        elif guest.state is not GuestState.ATTACHED:
+            try:
+                if await self._passage.advance(guest) is None:
+                    self._hint()
+            except DomainGone:
+                await self._end(guest)
 
     async def _see_doomed(self, guest: Guest, info: DomainInfo) -> None:
         if not info.dying:
