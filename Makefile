@@ -4,7 +4,7 @@
 
 ARCH ?= arm64
 TEST_ARCHES ?= arm64 x86_64
-# How many machines are emulated at once; 0 is two a processor, if there is memory for them.
+# How many machines are emulated at once; 0 is one a processor, if there is memory for them.
 MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 

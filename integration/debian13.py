@@ -23,6 +23,7 @@ from integration.toolroot import ToolRoot
 PROJECT: Final = Path(__file__).resolve().parent.parent
 COPIED: Final = (
     "xshmd", "tests", "integration", "docs", "systemd", "pyproject.toml", "cffi_build.py",
+    "README.md", "CONTRIBUTING.md", "Makefile",
 )  # fmt: skip
 LIMIT_S: Final = 1200
 

@@ -215,10 +215,10 @@ def test_what_xl_cannot_say_is_said(said: Declarations) -> None:
 
 
 def test_ids_and_names_that_xl_does_not_know() -> None:
-    said = read_toml(b'[region."my-shm"]\nsize = 4096\n[region.my-shm.guest.a]\n', file="f")
+    said = read_toml(b'[region."@shm"]\nsize = 4096\n[region."@shm".guest.a]\n', file="f")
     text, losses = render_xl(said)
-    assert "my-shm" not in text
-    assert "region 'my-shm' of guest 'a': it is left out" in losses[1]
+    assert "@shm" not in text
+    assert "region '@shm' of guest 'a': it is left out" in losses[1]
     text, losses = render_xl(Declarations(guests=(GuestConfig(name="a\nb"),)))
     assert text == ""
     assert "no such name" in losses[0]

@@ -114,7 +114,7 @@ WRONG = [
     (BASE + ", prot=", "no-value", "'prot' has no value", ""),
     (BASE + ",,", "empty-part", "nothing before or between commas", "as in"),
     ("," + BASE, "empty-part", "nothing before or between commas", "as in"),
-    (BASE.replace("id=r", "id=a-b"), "bad-id", "id 'a-b' has other than", "rename"),
+    (BASE.replace("id=r", "id=a.b"), "bad-id", "id 'a.b' has other than", "rename"),
     (BASE.replace("id=r", "id=é"), "bad-id", "id 'é' has other than", "rename"),
     (BASE.replace("id=r", "id=" + "a" * 129), "bad-id", "has 129 characters", "at most 128"),
     (BASE.replace("borrower", "owener"), "bad-word", "role=owener is not known", "owner, borrower"),
@@ -305,7 +305,7 @@ def test_the_key_of_2017_has_entries_of_2017() -> None:
 
 
 def test_all_that_is_wrong_is_said() -> None:
-    errors = refuse("id=a-b, begin=1, size=0, rolle=owner, offset=q, lifetime=never")
+    errors = refuse("id=a.b, begin=1, size=0, rolle=owner, offset=q, lifetime=never")
     assert sorted(str(error.facts["rule"]) for error in errors) == [
         "bad-id", "bad-number", "bad-word", "missing-key", "size-zero", "unaligned", "unknown-key",
     ]  # fmt: skip
@@ -395,7 +395,7 @@ def some_requests(draw: st.DrawFn) -> RegionRequest:
     prot, policy = draw(prots), draw(policies) if role is Role.OWNER else None
     size = frames.map(lambda some: some + 1)
     return RegionRequest(
-        region_id=draw(st.from_regex(r"[_a-zA-Z0-9]{1,128}", fullmatch=True)),
+        region_id=draw(st.from_regex(r"[_a-zA-Z0-9][_a-zA-Z0-9@-]{0,127}", fullmatch=True)),
         first_gfn=draw(st.just(UNPLACED) | frames.map(Gfn)),
         nr_frames=draw(size if role is Role.OWNER else st.just(WHOLE_REGION) | size),
         role=role,

@@ -11,13 +11,12 @@ import pytest
 from integration.scenarios.guest import FILLED, MIB, Entry, filled
 from integration.scenarios.host import WAIT_S, Host
 
-pytestmark = pytest.mark.either_store
-
 
 def _without_change(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(regions, key=lambda region: str(region["id"]))
 
 
+@pytest.mark.either_store
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
 def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> None:
     """Guests talk on while the daemon is down; its next life lists the same regions, a third guest
@@ -73,7 +72,13 @@ def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
         host.destroy(guest)
 
 
-MOMENTS = ("holder", "populating", "populated", "mapping", "published")
+MOMENTS = (
+    "holder",
+    "populating",
+    "populated",
+    pytest.param("mapping", marks=pytest.mark.either_store),
+    "published",
+)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -104,6 +109,7 @@ def test_killed_while_a_guest_is_created(host: Host, moment: str) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.either_store
 def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
     """A member that ends unseen is found out at the next start, and what only it had is freed."""
     region, own = host.unique("demo"), host.unique("own")
@@ -134,6 +140,7 @@ def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
     host.stop_daemon()
 
 
+@pytest.mark.either_store
 def test_guest_reboots_while_the_daemon_is_down(host: Host) -> None:
     """A guest made anew while nobody is at the gate runs without its region. Started again, the
     daemon says so, leaves it alone, and frees what the guest no longer has."""

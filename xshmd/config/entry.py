@@ -60,7 +60,8 @@ _NEEDED: Final = {
     "role": "say role=owner in the one guest that defines the region, role=borrower in the others",
     "granularity": "the proposal of 2017 wants it of every master: add granularity=4k",
 }
-_ID: Final = re.compile(r"[_a-zA-Z0-9]+")
+_ID: Final = re.compile(r"[_a-zA-Z0-9][_a-zA-Z0-9@-]*")
+"""The published form has no ``-`` and ``@``; ids of dom0less device trees do."""
 _FRAMES_LIMIT: Final = ADDRESS_LIMIT // PAGE_SIZE
 _BLANKS: Final = " \t\n\v\f\r"
 """What the published parsers' regular expression takes for blanks."""
@@ -254,7 +255,7 @@ class Entry:
             number = self._values.number("id", "an unsigned number", hint)
             return None if number is None else str(number)
         if not _ID.fullmatch(text):
-            what = f"id '{shown(text)}' has other than a-z A-Z 0-9 _"
+            what = f"id '{shown(text)}' has other than a-z A-Z 0-9 _ - @"
             self._values.wrong("bad-id", what, "rename the region")
         elif len(text) > MAX_REGION_ID_LENGTH:
             what = f"id '{shown(text)}' has {len(text)} characters"

@@ -18,7 +18,7 @@ from xshmd.model import (
     RegionRequest,
 )
 
-_ID: Final = re.compile(r"[_a-zA-Z0-9]+")
+_ID: Final = re.compile(r"[_a-zA-Z0-9][_a-zA-Z0-9@-]*")
 
 
 def render_xl(declarations: Declarations) -> tuple[str, tuple[str, ...]]:
@@ -75,7 +75,7 @@ def _traits(guest: GuestConfig) -> Iterator[tuple[str, str]]:
 
 def _cannot_be_said(request: RegionRequest) -> str:
     if not _ID.fullmatch(request.region_id):
-        return "it is left out: to xl an id has only a-z A-Z 0-9 _"
+        return "it is left out: to xl an id has only a-z A-Z 0-9 _ - @"
     if request.terms.backing is Backing.HOST:
         return "that it is memory of the host is left out: xl has no word for it"
     return ""
