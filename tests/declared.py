@@ -107,6 +107,7 @@ def declarations(draw: st.DrawFn, names: st.SearchStrategy[str] = NAMES) -> Decl
                 hap=draw(st.booleans()),
                 altp2m=draw(st.booleans()),
                 nestedhvm=draw(st.booleans()),
+                extended_regions=draw(st.booleans()),
                 reserve=draw(st.booleans()),
                 requests=tuple(requests[name]),
             )

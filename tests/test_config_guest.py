@@ -9,6 +9,7 @@ from xshmd.config.findings import errors_of
 from xshmd.config.guest import c_long, guest_config
 from xshmd.errors import ConfigError, ConfigUnreadable
 from xshmd.model import Arch, GuestConfig, GuestType, Place
+from xshmd.policy.rules import check_config
 
 ENTRY = 'static_shm = ["id=r, begin=0x1000000000, size=0x1000, role=owner"]\n'
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
@@ -233,6 +234,16 @@ def test_whether_the_memory_map_says_where_regions_are(said: str, reserve: bool)
     line = f'static_shm_memory_map = "{said}"\n' if said else ""
     text = f'name = "a"\n{line}static_shm = ["id=r, begin=0x1000000000, size=4096, role=owner"]\n'
     assert guest_config(text, file="a.cfg").reserve is reserve
+
+
+@pytest.mark.parametrize(("said", "used"), [("", True), ("used", True), ("unused", False)])
+def test_whether_extended_regions_are_used(said: str, used: bool) -> None:
+    line = f'static_shm_extended_regions = "{said}"\n' if said else ""
+    text = f'name = "a"\n{line}static_shm = ["id=r, begin=0x50000000, size=4096, role=owner"]\n'
+    config = guest_config(text, file="a.cfg", arch=Arch.ARM64)
+    assert config.extended_regions is used
+    broken = [error.facts["rule"] for error in check_config(config, Arch.ARM64)]
+    assert broken == (["on-reserved-range"] if used else [])
 
 
 def test_a_memory_map_wish_that_is_none() -> None:

@@ -236,7 +236,7 @@ BROKEN = [
     (REGION + "prot = 1", 3, "region.r.prot", "bad-type", "not text", "possible are rw, ro"),
     (REGION + "lifetime = 'x'", 3, "region.r.lifetime", "bad-word", "x", "owner, members"),
     (
-        REGION + "lifetime = 'owner'", 3, "region.r.lifetime", "lifetime-without-owner",
+        REGION + "lifetime = 'owner'", 3, "region.r.lifetime", "lifetime-contradiction",
         "no owner to end with", "owner = ",
     ),
     (REGION + "transport = 'x'", 3, "region.r.transport", "bad-word", "'x'", "physmap, grant"),

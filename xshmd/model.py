@@ -199,6 +199,8 @@ class GuestConfig:
     nestedhvm: bool = False
     reserve: bool = True
     """Whether its own memory map is to say where its regions are; only x86 guests have one."""
+    extended_regions: bool = True
+    """Whether its kernel may map grants and others' pages in the free part of Arm's RAM banks."""
     requests: tuple[RegionRequest, ...] = ()
     place: Place = NOWHERE
 

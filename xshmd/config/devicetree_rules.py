@@ -100,7 +100,7 @@ def no_owner(members: Sequence[Member], said: Sequence[Reading]) -> Iterator[Con
             members[0].place,
             f"region '{members[0].region_id}' has a host address, but all its nodes are borrowers",
             hint='say role = "owner" in one of them, or leave the role out in all of them',
-            rule="no-owner",
+            rule="undefined-region",
         )
 
 
@@ -121,7 +121,7 @@ def host_overlap(
                 f"the host range of region '{region_id}' at {start:#x} overlaps that of region"
                 f" '{holder}'",
                 hint="give every region memory of its own, or both nodes the same xen,shm-id",
-                rule="host-overlap",
+                rule="shared-host-range",
             )
         if end > furthest:
             furthest, holder = end, region_id

@@ -196,7 +196,7 @@ def _wrong_alone(member: Member, reading: Reading) -> Iterator[ConfigError]:
             member.place,
             f"{KEY}: the size is 0",
             hint=f"say {PAGE_SIZE:#x} or more; the order is {reading.order.value}",
-            rule="zero-size",
+            rule="size-zero",
         )
     for name, number in parts[:2]:
         if number is not None and number + reading.size > _LIMIT:
@@ -204,7 +204,7 @@ def _wrong_alone(member: Member, reading: Reading) -> Iterator[ConfigError]:
                 member.place,
                 f"{KEY}: {name} {number:#x} + size {reading.size:#x} is beyond 64 bits",
                 hint=f"choose a lower address; the order is {reading.order.value}",
-                rule="overflow",
+                rule="beyond-64-bits",
             )
     if member.direct_mapped and reading.host != reading.guest:
         said = "there is no host address" if reading.host is None else f"host {reading.host:#x}"

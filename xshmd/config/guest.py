@@ -18,6 +18,7 @@ from xshmd.model import Arch, GuestConfig, GuestType, RegionRequest
 from xshmd.policy.entry_rules import region_twice
 
 MEMORY_MAP_KEY: Final = "static_shm_memory_map"
+EXTENDED_REGIONS_KEY: Final = "static_shm_extended_regions"
 """Whether an x86 guest's memory map is to say where its regions are: ``reserve`` or ``leave``."""
 ALTP2M_MODES: Final = ("disabled", "mixed", "external", "limited")
 """libxl_altp2m_mode in libxl_types.idl: each by its name, or by its index here."""
@@ -65,7 +66,8 @@ def from_xl(config: XlConfig, *, arch: Arch | None = None, own_name: str = "") -
         hap=reader.flag("hap", default=True),
         altp2m=reader.altp2m(),
         nestedhvm=reader.flag("nestedhvm"),
-        reserve=reader.reserve(),
+        reserve=reader.wish(MEMORY_MAP_KEY, "reserve", "leave"),
+        extended_regions=reader.wish(EXTENDED_REGIONS_KEY, "used", "unused"),
         requests=requests,
         place=config.place("name"),
     )
@@ -186,12 +188,12 @@ class _Reader:
             return False
         return number != 0
 
-    def reserve(self) -> bool:
-        """Read a key of ours, which xl does not know."""
-        wish = self._text(MEMORY_MAP_KEY)
-        if wish not in (None, "reserve", "leave"):
-            self._wrong(MEMORY_MAP_KEY, f"'{shown(wish)}' is not known", "say reserve or leave")
-        return wish != "leave"
+    def wish(self, key: str, usual: str, other: str) -> bool:
+        """Read a key of ours, which xl does not know; return whether it is as usual."""
+        said = self._text(key)
+        if said not in (None, usual, other):
+            self._wrong(key, f"'{shown(said)}' is not known", f"say {usual} or {other}")
+        return said != other
 
     def _number(self, key: str) -> int | None:
         text = self._text(key)

@@ -47,6 +47,7 @@ def joined(configs: Sequence[GuestConfig]) -> GuestConfig:
         first,
         uuid=uuid,
         reserve=all(config.reserve for config in configs),
+        extended_regions=all(config.extended_regions for config in configs),
         requests=(*first.requests, *extra),
     )
 

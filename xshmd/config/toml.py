@@ -34,6 +34,7 @@ and, for guests of which no xl configuration tells it, what they are::
     altp2m = false
     nestedhvm = false
     memory_map = "reserve"          # or leave: whether an x86 guest's own map has the regions
+    extended_regions = "used"       # or unused: an Arm guest that maps no grants in free RAM banks
 
 Meanings are those of :mod:`xshmd.model`; only ``size`` of a region is needed.
 """
@@ -81,10 +82,18 @@ REGION_KEYS: Final = (
 MEMBER_KEYS: Final = ("begin", "size", "offset", "prot", "role")
 GUEST_KEYS: Final = (
     "uuid", "type", "memory", "maxmem", "hap", "altp2m", "nestedhvm", "memory_map",
+    "extended_regions",
 )  # fmt: skip
 
 _ID: Final = re.compile(r"[a-zA-Z0-9_@-]+")
 """What may be in an id anywhere: xl takes fewer characters, a device tree all of these."""
+
+
+class ExtendedRegions(enum.StrEnum):
+    """Whether an Arm guest uses the free part of its RAM banks for grant mappings."""
+
+    USED = "used"
+    UNUSED = "unused"
 
 
 class MemoryMap(enum.StrEnum):
@@ -151,6 +160,9 @@ def _traits(name: str, table: Table, errors: list[ConfigError]) -> GuestConfig:
         altp2m=keys.flag("altp2m", default=False),
         nestedhvm=keys.flag("nestedhvm", default=False),
         reserve=keys.word("memory_map", MemoryMap) is not MemoryMap.LEAVE,
+        extended_regions=(
+            keys.word("extended_regions", ExtendedRegions) is not ExtendedRegions.UNUSED
+        ),
         place=keys.place(),
     )
 
@@ -188,7 +200,7 @@ class _Region:
             return None
         if self._terms.lifetime is Lifetime.OWNER:
             hint = 'say owner = "NAME", or another lifetime'
-            keys.wrong("lifetime", "lifetime-without-owner", "it has no owner to end with", hint)
+            keys.wrong("lifetime", "lifetime-contradiction", "it has no owner to end with", hint)
         if self._external:
             return None
         return RegionConfig(

@@ -209,6 +209,8 @@ def _traits(guest: GuestConfig) -> Iterator[str]:
             yield f"{key} = {str(getattr(guest, key)).lower()}"
     if not guest.reserve:
         yield 'memory_map = "leave"'
+    if not guest.extended_regions:
+        yield 'extended_regions = "unused"'
 
 
 def _table(path: tuple[str, ...], lines: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from xshmd.config import static_shm, xlcfg
-from xshmd.config.guest import MEMORY_MAP_KEY
+from xshmd.config.guest import EXTENDED_REGIONS_KEY, MEMORY_MAP_KEY
 from xshmd.config.xlcfg import shown
 from xshmd.model import (
     Backing,
@@ -71,6 +71,8 @@ def _traits(guest: GuestConfig) -> Iterator[tuple[str, str]]:
         yield "nestedhvm", "1"
     if not guest.reserve:
         yield MEMORY_MAP_KEY, "leave"
+    if not guest.extended_regions:
+        yield EXTENDED_REGIONS_KEY, "unused"
 
 
 def _cannot_be_said(request: RegionRequest) -> str:

@@ -38,9 +38,11 @@ FAILURES_KEPT = 256
 
 
 def _as_recorded(guest: Guest, earlier: Guest) -> GuestConfig:
+    # Where its regions are was found right when it was first made.
     return GuestConfig(
-        name=guest.name, uuid=guest.uuid, reserve=earlier.reserve, requests=earlier.requests
-    )
+        name=guest.name, uuid=guest.uuid, reserve=earlier.reserve, extended_regions=False,
+        requests=earlier.requests,
+    )  # fmt: skip
 
 
 class Passage:

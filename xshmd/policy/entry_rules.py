@@ -88,11 +88,14 @@ def on_reserved_range(request: RegionRequest, space: AddressSpace) -> Findings:
     window = _hit(request, space.reserved)
     # Arm's RAM banks are reserved as a whole: what is in RAM needs to be said once.
     if window is not None and _hit(request, space.ram) is None:
+        hint = space.elsewhere
+        if window in layout.EXTENDED:
+            hint += '; or, if it never maps grants, say static_shm_extended_regions = "unused"'
         yield config_error(
             "on-reserved-range",
             request.place,
             f"{region_at(request)} is on {window.name}, at {window}",
-            space.elsewhere,
+            hint,
         )
 
 

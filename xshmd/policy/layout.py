@@ -86,11 +86,12 @@ _ARM: Final = (
     _window("virtual PCI memory", 0x23000000, 0x33000000),
     _window("the grant table", 0x38000000, 0x39000000),
     _window("Xen's magic pages", 0x39000000, 0x3A000000),
-    # libxl's finalize_hypervisor_node advertises what RAM does not fill, and Linux maps grant and
-    # foreign pages there.
+)
+EXTENDED: Final = (
     _window("RAM bank 0, whose free part Linux uses for grant mappings", *_ARM_BANKS[0]),
     _window("RAM bank 1, whose free part Linux uses for grant mappings", *_ARM_BANKS[1]),
 )
+"""What libxl advertises where RAM does not fill it (libxl_arm.c, finalize_hypervisor_node())."""
 
 _ARM_DEFAULT: Final = _window("the default window", 0x3A000000, 0x40000000)
 _X86_DEFAULT_START: Final = 64 * GIB
@@ -130,7 +131,7 @@ def ram(arch: Arch, config: GuestConfig) -> tuple[Window, ...]:
 def reserved(arch: Arch, config: GuestConfig) -> tuple[Window, ...]:
     """Return the ranges with something else than RAM in them, the narrower ones first."""
     if arch is Arch.ARM64:
-        return _ARM
+        return (*_ARM, *EXTENDED) if config.extended_regions else _ARM
     if config.guest_type is not GuestType.HVM:
         return _X86_PVH
     highmem_end = max(address_of(ram(arch, config)[-1].end_gfn), 4 * GIB)
