@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from xshmd.config import static_shm, xlcfg
+from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
+from xshmd.config.toml import read_toml
+from xshmd.config.toml_write import render_toml
 from xshmd.engine import records
 from xshmd.errors import ConfigError, ConfigUnreadable, StoreError
 from xshmd.model import Arch, Place, RegionRequest
@@ -79,6 +82,36 @@ def entry(data: bytes) -> None:
     again = static_shm.parse_entry(static_shm.render_entry(request), Place(file=FILE), errors)
     assert again == request
     assert not errors
+
+
+def toml(data: bytes) -> None:
+    """A file of regions.d."""
+    try:
+        said = read_toml(data, file=f"{FILE}.toml")
+    except (ConfigError, ConfigUnreadable):
+        return
+    for config in said.guests:
+        for request in config.requests:
+            _sound(request)
+    text, losses = render_toml(said)
+    assert losses == ()
+    again = read_toml(text.encode(), file=f"{FILE}.toml")
+    assert [config.name for config in again.guests] == [config.name for config in said.guests]
+
+
+def devicetree(data: bytes) -> None:
+    """A flattened device tree."""
+    try:
+        said = read_devicetree(_MAGIC + data[4:], file=f"{FILE}.dtb")
+    except (ConfigError, ConfigUnreadable):
+        return
+    for config in said.guests:
+        for request in config.requests:
+            _sound(request)
+
+
+_MAGIC: Final = b"\xd0\x0d\xfe\xed"
+"""Of a blob: without it the text would be taken for a source, and handed to dtc."""
 
 
 def _sound(request: RegionRequest) -> None:
@@ -192,6 +225,19 @@ TARGETS: Final = {
                 rw ro RO RW cache_policy= ARM_normal x86_normal granularity=4k lifetime= members
                 system isolation= group sealed region transport= physmap grant prot_enforcement=
                 advisory required , = 0x1000 0x3a000000"""),
+        ),
+        Target(
+            name="toml",
+            run=toml,
+            words=_words("""[region.r] [region.r.guest.g] [guest.g] size = "1_MiB" owner begin
+                offset prot "rw" "ro" role lifetime "members" backing "host" host_address 0x1000
+                true external memory_map [[ ]] { } inf 1979-05-27 ''' # ."""),
+        ),
+        Target(
+            name="devicetree",
+            run=devicetree,
+            words=(b"xen,shared-mem\0", b"xen,shm-id\0", b"xen,domain\0", b"role\0", b"owner\0",
+                b"\0\0\0\1", b"\0\0\0\2", b"\0\0\0\3", b"\0\0\0\x09", b"#size-cells\0"),
         ),
         Target(name="xenstore", run=xenstore, words=(b"\0", b"\x0d\0\0\0", b"EAGAIN\0", b"OK\0")),
         Target(
