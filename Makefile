@@ -8,7 +8,7 @@ TEST_ARCHES ?= arm64 x86_64
 MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
-.PHONY: help demo shell test lint unit unit-debian rig rig-% bench clean
+.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz mutants sweep differential clean
 
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
@@ -42,10 +42,29 @@ unit-debian:
 rig: $(addprefix rig-,$(TEST_ARCHES))
 
 rig-%:
-	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios --arch $*
+	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios --everywhere --arch $*
 
 bench:
 	@set -e; py=$(PY); $$py -m integration.bench --arch $(ARCH)
+
+# Long ones, with a budget: not part of `make test`.
+FUZZ_SECONDS ?= 600
+TRACES ?= 0:500
+SWEEP = XSHMD_SWEEP_STEP=1
+
+fuzz:
+	@set -e; py=$(PY); $$py -m pip install -q 'atheris>=2.3'; \
+	cd tests; PYTHONPATH=.:.. $$py -m fuzz --seconds $(FUZZ_SECONDS)
+
+mutants:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants
+
+sweep:
+	@set -e; py=$(PY); $(SWEEP) $$py -m pytest tests/test_engine_crash.py tests/test_engine_faults.py
+
+differential:
+	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \
+	integration/scenarios/test_traces.py --arch $(ARCH)
 
 clean:
 	rm -rf artefacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

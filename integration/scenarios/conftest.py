@@ -17,6 +17,8 @@ from integration.scenarios.guest import MIB, Entry
 from integration.scenarios.host import CONFIGS, ETC, Host, artefacts
 
 DEFAULT_ARCHES = ("arm64", "x86_64")
+FASTEST = "arm64"
+"""To emulate."""
 SESSION_LIMIT_S = 3600
 CONFIG_FOLDERS = f"{CONFIGS} {ETC} /etc/xshmd/guests.d"
 
@@ -26,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--arch", action="append", choices=tuple(ARCHES), default=None,
         help="the architecture to boot; may be given twice (default: both)",
     )  # fmt: skip
+    parser.addoption(
+        "--everywhere",
+        action="store_true",
+        help="on every architecture, scenarios too in which the architecture plays no part",
+    )
     parser.addoption(
         "--xenstored", choices=("xenstored", "oxenstored"), default="xenstored",
         help="the store to run, except where a scenario boots a machine of its own",
@@ -53,7 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out other architectures' scenarios and other shares': nothing is ever skipped."""
     chosen = config.getoption("--arch") or DEFAULT_ARCHES
-    ours = [item for item in items if _is_for(item, chosen)]
+    everywhere = config.getoption("--everywhere")
+    ours = [item for item in items if _is_for(item, chosen, everywhere)]
     modules = _share_of(ours, *config.getoption("--share"))
     ours = [item for item in ours if item.path in modules]
     kept = set(ours)
@@ -61,11 +69,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = ours
 
 
-def _is_for(item: pytest.Item, arches: Sequence[str]) -> bool:
+def _is_for(item: pytest.Item, arches: Sequence[str], everywhere: bool) -> bool:
     call = getattr(item, "callspec", None)
     if call is None or "arch" not in call.params:
         return True
     only = {mark.args[0] for mark in item.iter_markers("arch")} or {call.params["arch"]}
+    if item.get_closest_marker("alike") and not everywhere:
+        only = {FASTEST}
     return call.params["arch"] in only.intersection(arches)
 
 

@@ -43,6 +43,7 @@ def test_guests_go_on_without_the_daemon(host: Host, number: signal.Signals) -> 
     host.destroy(third, watcher, beater)
 
 
+@pytest.mark.alike
 def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
     """Between its record and its pause a guest is not held yet: killed there, the daemon was as
     good as not running. Either the guest gets its region after all, or the next start says that
@@ -74,10 +75,10 @@ def test_killed_the_instant_a_guest_is_seen(host: Host) -> None:
 
 MOMENTS = (
     "holder",
-    "populating",
-    "populated",
+    pytest.param("populating", marks=pytest.mark.alike),
+    pytest.param("populated", marks=pytest.mark.alike),
     pytest.param("mapping", marks=pytest.mark.either_store),
-    "published",
+    pytest.param("published", marks=pytest.mark.alike),
 )
 
 
@@ -127,6 +128,7 @@ def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
     host.stop_daemon()  # the next scenario has one with the usual options
 
 
+@pytest.mark.alike
 def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
     """With every member gone unseen, the next start leaves no region, no holder and no node."""
     guest = host.guest("goes", Entry(host.unique("demo"), host.at), do="stay")

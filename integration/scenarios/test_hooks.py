@@ -111,6 +111,7 @@ def vif(host: Host) -> Iterator[Vif]:
     host.dom0.run(f"rm -f {SEEN} {SCRIPTS}/xshm-vif {SCRIPTS}/{PLAIN}")
 
 
+@pytest.mark.alike
 @pytest.mark.xen_keeps(64)  # what netback allocates once, when its first device is made
 def test_vif_script_waits_for_the_memory(host: Host, vif: Vif) -> None:
     """The device is set up when the guest has its regions; a guest without any is not held up."""
@@ -125,6 +126,7 @@ def test_vif_script_waits_for_the_memory(host: Host, vif: Vif) -> None:
         vif.xl("destroy", guest.name)
 
 
+@pytest.mark.alike
 @pytest.mark.xen_keeps(64)
 def test_vif_script_makes_xl_fail(host: Host, vif: Vif) -> None:
     """A refusal is xl's own failure, with the reason, even where the gate lets the guest be."""
@@ -139,6 +141,7 @@ def test_vif_script_makes_xl_fail(host: Host, vif: Vif) -> None:
     assert "online" not in vif.seen()
 
 
+@pytest.mark.alike
 @pytest.mark.xen_keeps(64)
 def test_vif_script_without_a_daemon(host: Host, vif: Vif) -> None:
     """Nobody can say what the guest is to have: it does not start."""
@@ -161,6 +164,7 @@ def figures(host: Host) -> dict[str, float]:
     return {name: float(value) for name, value in samples}
 
 
+@pytest.mark.alike
 def test_metrics_agree_with_what_is_listed(host: Host) -> None:
     """The file follows what happens, and is gone with the daemon."""
     region = host.unique("demo")
@@ -235,6 +239,7 @@ def journald(host: Host) -> Iterator[Journald]:
     journald.close()
 
 
+@pytest.mark.alike
 def test_every_grant_and_withdrawal_is_in_the_journal(host: Host, journald: Journald) -> None:
     """With a MESSAGE_ID for what it is, and the facts as fields to select by."""
     region = host.unique("demo")
@@ -261,6 +266,7 @@ def test_every_grant_and_withdrawal_is_in_the_journal(host: Host, journald: Jour
     assert journald.said_on_stderr() == ""
 
 
+@pytest.mark.alike
 def test_a_journal_that_stops_holds_nobody_up(host: Host, journald: Journald) -> None:
     """A stopped journald takes nothing: guests are served all the same, and once it goes on it
     learns what it missed."""

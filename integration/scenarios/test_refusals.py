@@ -67,7 +67,7 @@ CASES = (
     Case("larger than free memory", _too_large, r"region '?\w+'? needs 2 GiB"),
     Case("undefined region", _one(role="borrower"), r"borrows region '\w+', which nobody defines"),
 )
-# What is wrong with these has nothing to do with the machine: they are tried on the faster one.
+# What is wrong with these has nothing to do with the machine.
 CASES_ALIKE = (
     Case("unknown key", _one(more="colour=red"), "unknown key 'colour'"),
     Case("unaligned size", _one(size=0x1001), r"size=0x1001 is not a multiple of 4 KiB"),
@@ -88,7 +88,7 @@ X86_CASES_XEN_REFUSES_TOO = (
 )
 
 
-EVERYWHERE = [*CASES, *(pytest.param(c, marks=pytest.mark.arch("arm64")) for c in CASES_ALIKE)]
+EVERYWHERE = [*CASES, *(pytest.param(c, marks=pytest.mark.alike) for c in CASES_ALIKE)]
 
 
 def _guest(host: Host, case: Case) -> tuple[Guest, str]:

@@ -14,6 +14,9 @@ from integration.scenarios.host import Host, names
 FOLDER: Final = "/etc/xshmd/regions.d"
 
 
+pytestmark = pytest.mark.alike
+
+
 @pytest.fixture(autouse=True)
 def folder(host: Host) -> Iterator[None]:
     yield

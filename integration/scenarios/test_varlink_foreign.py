@@ -19,6 +19,9 @@ INTERFACE = "io.xshmd.Regions"
 IDL = f"/usr/lib/python3/dist-packages/xshmd/varlink/{INTERFACE}.varlink"
 
 
+pytestmark = pytest.mark.alike
+
+
 @pytest.fixture
 def varlink(host: Host) -> Varlinkctl:
     """varlinkctl in dom0."""

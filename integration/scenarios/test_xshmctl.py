@@ -12,6 +12,8 @@ import pytest
 from integration.scenarios.guest import MIB, PAGE, Entry, Guest
 from integration.scenarios.host import CONFIGS, SOCKET, Host
 
+pytestmark = pytest.mark.alike
+
 
 @pytest.fixture
 def pair(host: Host) -> Iterator[tuple[Guest, Guest, str]]:
