@@ -70,7 +70,7 @@ class Varlinkctl:
 def guest(host: Host) -> Iterator[tuple[Guest, str]]:
     """A guest that owns a region, both of names nobody else has."""
     region = host.unique("wire")
-    guest = host.guest("wired", Entry(region, host.at, MIB, more="lifetime=members"), do="beat")
+    guest = host.guest("wired", Entry(region, host.at, MIB), do="beat")
     host.create(guest)
     yield guest, region
     host.destroy(guest)
@@ -172,7 +172,7 @@ def test_monitor(host: Host, varlink: Varlinkctl) -> None:
     host.wait(lambda: lines, "the state comes")
     assert lines[0]["state"] == {"regions": [], "guests": []}
     region = host.unique("wire")
-    guest = host.guest("peer", Entry(region, host.at, MIB, more="lifetime=members"))
+    guest = host.guest("peer", Entry(region, host.at, MIB))
     host.create(guest)
 
     def seen(kind: str) -> list[dict[str, Any]]:

@@ -227,7 +227,7 @@ def test_bytes_of_a_region(host: Host, pair: tuple[Guest, Guest, str]) -> None:
 def test_watch_and_wait(host: Host) -> None:
     """`monitor` says what happens, `wait` when a guest is ready, `status` how the daemon is."""
     region = host.unique("demo")
-    guest = host.guest("seen", Entry(region, host.at, MIB, more="lifetime=members"))
+    guest = host.guest("seen", Entry(region, host.at, MIB))
     heard = bytearray()
     listening = host.dom0.spawn(
         ["xshmctl", "monitor", "--json=short"],
