@@ -143,7 +143,7 @@ def test_what_is_no_file_is_found_and_left_to_its_reader(directories: list[Path]
 
 
 def test_a_path_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigUnreadable, match="cannot be read: embedded null byte"):
+    with pytest.raises(ConfigUnreadable, match=r"cannot be read: .*embedded null"):
         read_regular(Path("a\0b"))
     with pytest.raises(ConfigUnreadable, match="File name too long"):
         read_regular(tmp_path / ("x" * 300))

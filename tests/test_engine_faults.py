@@ -14,7 +14,7 @@ from fakes.toolstack import Made, XlFailed
 from fakes.world import World
 from faults import Body, Faults, play, sweep
 
-from xshmd.errors import StoreTrouble, XshmError
+from xshmd.errors import StoreTrouble, TimedOut, XshmError
 from xshmd.model import Arch, AttachRegion, Change, DetachRegion, GuestConfig
 
 STEP = int(os.environ.get("XSHMD_SWEEP_STEP", "7"))
@@ -79,13 +79,13 @@ async def changes(host: World, faults: Faults) -> None:
 
 
 async def _applied(faults: Faults, change: Change) -> bool | None:
-    """Return whether the change was made; None where xenstored's failure left that open."""
+    """Return whether the change was made; None where that is left open for the moment."""
     daemon = faults.daemon
     assert daemon is not None
     try:
         with trio.fail_after(200):
             await daemon.engine.apply([change])
-    except StoreTrouble:
+    except (*StoreTrouble, TimedOut):
         return None
     except XshmError:
         return False

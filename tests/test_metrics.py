@@ -37,6 +37,10 @@ _SAMPLE = re.compile(rf"({_NAME})(?:\{{(.*)\}})? (\S+)")
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
+def _unescaped(match: re.Match[str]) -> str:
+    return "\n" if match[1] == "n" else match[1]
+
+
 def parsed(text: str) -> tuple[Samples, dict[str, str], dict[str, str]]:
     """Read the format by the letter of its description; return samples, types and help texts."""
     samples: Samples = {}
@@ -46,7 +50,7 @@ def parsed(text: str) -> tuple[Samples, dict[str, str], dict[str, str]]:
     for line in text[:-1].split("\n"):
         if match := re.fullmatch(rf"# HELP ({_NAME}) ((?:[^\\\n]|\\[\\n])*)", line):
             assert match[1] not in helps
-            helps[match[1]] = match[2].replace(r"\n", "\n").replace("\\\\", "\\")
+            helps[match[1]] = re.sub(r"\\(.)", _unescaped, match[2])
         elif match := re.fullmatch(rf"# TYPE ({_NAME}) (counter|gauge)", line):
             assert match[1] not in types
             types[match[1]] = match[2]
@@ -59,7 +63,7 @@ def parsed(text: str) -> tuple[Samples, dict[str, str], dict[str, str]]:
             while rest:
                 label = _LABEL.match(rest)
                 assert label, rest
-                value = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], label[2])
+                value = re.sub(r"\\(.)", _unescaped, label[2])
                 labels.append((label[1], value))
                 rest = rest[label.end() :]
             key = (match[1], tuple(labels))

@@ -24,7 +24,7 @@ from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import LIMIT, pause_count
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, XshmError
+from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, TimedOut, XshmError
 from xshmd.model import Guest, GuestState, Region, RegionRequest
 from xshmd.policy.changes import ChangePlan, GuestChange
 from xshmd.policy.grouping import is_new_home
@@ -70,6 +70,7 @@ class Changes:
 
         Raises:
             StoreTrouble: xenstored failed us in the middle; :meth:`settle` goes on from there.
+            TimedOut: it is decided, and :meth:`settle` goes on with what could not be done at once.
             XshmError: why it cannot be done; nothing is.
         """
         self.check_room(plan)
@@ -108,9 +109,13 @@ class Changes:
         committed = await self._ledger.commit_intent(self._now(intent))
         try:
             await self._finish(committed)
+        except StoreTrouble:
+            raise
         except XshmError as error:
-            # It is decided, and what is left of it is done by the looks that follow.
-            log.warning("changes to be finished", reason=error.one_line())
+            raise TimedOut(
+                f"it is decided, and not all of it is done yet: {error.message}",
+                hint="xshmd goes on trying; its log says when it is done",
+            ) from error
 
     @property
     def is_settled(self) -> bool:
