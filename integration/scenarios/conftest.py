@@ -131,6 +131,11 @@ def _warm_up(host: Host) -> None:
     # A destroyed domain stays in the list for a moment, and its last pages come back up to two
     # seconds after it has left it (RCU): the first scenario must not take that for the start.
     host.wait(lambda: len(host.ask("domains")) == 1, "the warm-up's holder is gone")
+    _settle(host)
+
+
+def _settle(host: Host) -> None:
+    """Wait until the host's free memory is what it was three seconds ago."""
     counted: list[int] = []
 
     def settled() -> bool:
@@ -157,4 +162,7 @@ def as_found(request: pytest.FixtureRequest) -> Iterator[None]:
         host.start_daemon()
     marker = request.node.get_closest_marker("xen_keeps")
     difference = host.wait_state(before, kept_pages=marker.args[0] if marker else 0)
+    if marker:
+        # What is still coming back must not come back in the middle of the next scenario.
+        _settle(host)
     assert not difference, f"the machine is not as it was:\n{difference}"
