@@ -158,7 +158,7 @@ def _boot_files(arch: Arch, tools: ToolRoot, root: Path, content: Path, log: Pat
     modules = next((root / "usr/lib/modules").iterdir())
     tools.run(["depmod", "-b", "/rig/out/usr", modules.name], binds={root: "/rig/out"}, log=log)
     ramdisk = content / "ramdisk"
-    for name in ("bin", "dev", "mods", "proc", "root", "sys"):
+    for name in ("bin", "dev", "mods", "new", "proc", "sys"):
         (ramdisk / name).mkdir(parents=True)
     shutil.copy(root / "usr/bin/busybox", ramdisk / "bin/busybox")
     init = (HERE / "dom0/initramfs-init").read_text()

@@ -32,7 +32,7 @@ GRACE_S = 30
 """How long the daemon under test waits for a guest that rebooted."""
 SOCKET = "/run/xshmd/io.xshmd.Regions"
 ETC = "/etc/xen"
-CONFIGS = "/root/guests"
+CONFIGS = "/srv/guests"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +390,7 @@ class Host:
 
     def state(self) -> State:
         """The machine as it is now."""
-        files = "ls -d /var/lib/xen/* /root/* /tmp/*"
+        files = f"ls -d /var/lib/xen/* {CONFIGS}/* /tmp/*"
         look = f"xenstore-ls -fp; echo ---; {files}; echo ---; pgrep -c '^xl$'"
         store, files, toolstacks = self.dom0.run(look, check=False).text.split("---\n")
         return State(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from integration.scenarios.guest import MIB, Entry
-from integration.scenarios.host import WAIT_S, Host, names
+from integration.scenarios.host import CONFIGS, WAIT_S, Host, names
 
 pytestmark = pytest.mark.either_store
 
@@ -126,7 +126,7 @@ def test_configuration_on_the_command_line(host: Host) -> None:
     guest = host.guest("said", do="fill,check", shm=f"shm={host.at:#x},{MIB:#x}")
     host.created.append(guest)
     setting = f'static_shm=["{Entry(region, host.at)}"]'
-    host.dom0.run(["xl", "create", f"{guest.name}.cfg", setting], cwd="/root/guests")
+    host.dom0.run(["xl", "create", f"{guest.name}.cfg", setting], cwd=CONFIGS)
     host.wait_said(guest, "checked pages=256 bad=0 seed=7")
     assert names(host.regions()) == [region]
     host.destroy(guest)

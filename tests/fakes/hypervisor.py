@@ -591,7 +591,7 @@ class SimulatedXen:
 
     def _translated(self, domid: DomId, call: str) -> Domain:
         domain = self._domain(domid, call)
-        if not domain.hvm:  # arch/x86/mm/paging.c: "TODO: Relax in due course"
+        if not domain.hvm:  # arch/x86/mm/paging.c arch_get_paging_mempool_size()
             raise failure(call, domid, errno.EOPNOTSUPP)
         return domain
 
