@@ -83,6 +83,7 @@ class Host:
         self._asking = threading.Lock()
         self._partial = bytearray()
         self.created: list[Guest] = []
+        self._wrote = False
         self._probe = self.dom0.spawn(
             ["python3", "-I", "/rig/xen-probe.py", "serve"], stdin=True, on_output=self._heard
         )
@@ -127,6 +128,7 @@ class Host:
         """A guest whose configuration is written to a file; `etc` puts it where xshmd looks."""
         guest = Guest(name=self.unique(base), arch=self.arch, entries=entries, **more)
         self.dom0.put(self.config_path(guest, etc=etc), guest.config())
+        self._wrote = True
         return guest
 
     def config_path(self, guest: Guest, *, etc: bool = False) -> str:
@@ -423,9 +425,10 @@ class Host:
             if name in wanted:
                 left.append(name)
                 self.xl("destroy", name, check=False)
-        if self.created:
+        if self._wrote:
             self.dom0.run(f"rm -rf {CONFIGS}/* {ETC}/*.cfg /etc/xshmd/guests.d/*", check=False)
         self.created.clear()
+        self._wrote = False
         return left
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
 from xshmd.engine.holders import enlarge_paging_pool
+from xshmd.engine.identity import verify
 from xshmd.errors import Conflict, DomainGone, HypercallFailed, Refused, XshmError
 from xshmd.model import Backing, Guest, Holder, Region, RegionRequest
 from xshmd.policy.host_ranges import check_shareable
@@ -133,20 +134,23 @@ def attach(
             _unmap(xen, guest, mapping)
     new = [one for one in map(span_of, (m.request for m in wanted)) if one not in with_tables]
     if new:
+        _verify_guest(xen, guest, wanted)
         enlarge_paging_pool(xen, guest.domid, [nr_frames for _, nr_frames in new])
     _verify_holder(xen, holder)
     done: list[Mapping] = []
     try:
         # Who has nothing of the holder's gets no power over it.
         if any(mapping.host_mfn is None for mapping in wanted):
+            _verify_guest(xen, guest, wanted)  # it cannot be undone on either side
             _set_target(xen, guest, holder, again=again)
         for mapping in wanted:
             _map(xen, guest, holder, mapping)
             done.append(mapping)
     except XshmError as error:
+        verify(xen, guest)  # else what was mapped went with it, and its domid may be another's
         for mapping in done:
             _unmap(xen, guest, mapping)
-        if isinstance(error, DomainGone) and xen.domain_info(guest.domid) is not None:
+        if isinstance(error, DomainGone):
             raise _holder_gone(holder) from error  # ESRCH does not say which of the two
         raise
 

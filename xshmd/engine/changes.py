@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from xshmd.engine import records
+from xshmd.engine import identity, records
 from xshmd.engine.attach import Span, attach, check, detach, mappings, span_of
 from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
@@ -155,8 +155,7 @@ class Changes:
         """Undo or finish what was cut off; what cannot be now is tried again at the next look."""
         owed, self._owed = self._owed, []
         for guest in owed:
-            if self._lives(guest):
-                self._unpause(guest)
+            self._unpause(guest)
         for intent in self._ledger.intents:
             try:
                 if intent.is_committed:
@@ -306,31 +305,24 @@ class Changes:
         )  # fmt: skip
 
     def _lives(self, guest: Guest) -> bool:
-        info = self._xen.domain_info(guest.domid)
-        return info is not None and info.uuid == guest.uuid and not info.dying
+        return identity.is_still(self._xen, guest.domid, guest.uuid)
 
     # -- holding a guest still ------------------------------------------------------------------
 
     @asynccontextmanager
     async def _held(self, intent: Intent, part: Part, guest: Guest) -> AsyncIterator[Part]:
         """Pause a guest for the body, with its other pauses on record should we be cut off."""
-        info = self._xen.domain_info(guest.domid)
-        if info is None or not self._lives(guest):
-            raise DomainGone(
-                f"guest {guest.name} ended while its regions were changed",
-                hint="nothing is left to be done for it",
-                domid=guest.domid,
-            )
         pauses = 0
-        if info.paused:
+        if identity.verify(self._xen, guest).paused:
             part = await self._ledger.put_part(
                 intent.id, dataclasses.replace(part, pauses=1, is_counting=True)
             )
+            identity.verify(self._xen, guest)
             pauses = pause_count(self._xen, guest.domid)
         part = await self._ledger.put_part(
             intent.id, dataclasses.replace(part, pauses=pauses, is_counting=False)
         )
-        self._xen.pause(guest.domid)
+        identity.pause(self._xen, guest)
         try:
             yield part
         finally:
@@ -340,7 +332,7 @@ class Changes:
 
     def _unpause(self, guest: Guest) -> None:
         try:
-            self._xen.unpause(guest.domid)
+            identity.unpause(self._xen, guest)
         except DomainGone:
             pass
         except HypercallFailed as error:

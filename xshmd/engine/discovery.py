@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from xshmd.engine import identity
 from xshmd.errors import XshmError
 from xshmd.model import Guest, MemoryKind, MemoryRange
 from xshmd.policy.memory_map import (
@@ -66,6 +67,7 @@ def _reserve(xen: Hypervisor, guest: Guest, start_info_at: int) -> None:
     ]
     start_info = _pages(xen, guest, start_info_at, START_INFO_BYTES)
     try:
+        identity.verify(xen, guest)  # for as long as its page is mapped, its number is its own
         table = read_start_info(start_info.read(0, START_INFO_BYTES))
         entries = _extend(xen, guest, table, regions)
         xen.set_memory_map(guest.domid, entries)

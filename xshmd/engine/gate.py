@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.engine import identity
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import DomainGone, HypercallFailed, XshmError
 from xshmd.model import Guest, GuestState
@@ -134,6 +135,7 @@ class Gate:
     async def _look_at(self, domid: DomId, *, at_start: bool) -> None:
         if not DOMID_0 < domid < DOMID_FIRST_RESERVED:
             return
+        before = self._xen.domain_info(domid)
         # libxl removes the node before it destroys the domain: without it, this is an end.
         kind, name = await self._store.read_many(
             (f"{ROOT}/{domid}/type", f"/local/domain/{domid}/name")
@@ -145,6 +147,9 @@ class Gate:
         info = self._xen.domain_info(domid)
         if info is None or info.dying or self._seen.get(domid) == info.uuid:
             return
+        if before is None or before.uuid != info.uuid:
+            # What was read is the last one's; whoever made this one has yet to write its nodes.
+            raise DomainGone(f"domain {domid} is another by now", hint="it is looked at again")
         self._seen[domid] = info.uuid
         if is_holder_uuid(info.uuid):
             return
@@ -175,18 +180,12 @@ class Gate:
                 raise
 
     def _hold(self, guest: Guest) -> None:
-        self._xen.pause(guest.domid)
-        try:
-            info = self._xen.domain_info(guest.domid)
-        except HypercallFailed:
-            self._xen.unpause(guest.domid)
-            raise
-        if info is not None and info.cpu_time_ns > 0:
+        if identity.pause(self._xen, guest).cpu_time_ns > 0:
             self.had_run.add(guest.generation)
 
     def unpause(self, guest: Guest) -> None:
-        """Give our pause back."""
-        self._xen.unpause(guest.domid)
+        """Give our pause back; DomainGone if the guest is not there any more."""
+        identity.unpause(self._xen, guest)
 
     def lock(self, guest: Guest) -> None:
         """Take the creation lock, where it can be had."""

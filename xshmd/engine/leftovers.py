@@ -14,7 +14,11 @@ from xshmd.units import DomId
 
 
 async def remove_leftovers(store: Store, guest: Guest) -> None:
-    """Remove what libxl wrote for the guest's domain, which must be gone."""
+    """Remove what libxl wrote for the guest's domain, which must be gone.
+
+    libxl gives a number away again after a minute at the earliest (``libxl__is_domid_recent``), and
+    this is called within a quarter of one: what is there is still the guest's.
+    """
     devices = f"/libxl/{guest.domid}/device"
     for kind in await store.directory(devices) or ():
         for number in await store.directory(f"{devices}/{kind}") or ():

@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 import trio
 
-from xshmd.engine import records
+from xshmd.engine import identity, records
 from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.discovery import reserve_in_memory_map
 from xshmd.engine.events import EventHub
@@ -322,7 +322,7 @@ class Passage:
             return
         self.doomed_at.setdefault(guest.generation, trio.current_time())
         with contextlib.suppress(DomainGone):
-            await self._worker.run(self._xen.destroy, guest.domid)
+            await self._worker.run(identity.destroy, self._xen, guest)
 
 
 def _shortened(text: str) -> str:

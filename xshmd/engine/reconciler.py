@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
+from xshmd.engine import identity
 from xshmd.engine.access import Access
 from xshmd.engine.changes import Changes
 from xshmd.engine.desired import Desired
@@ -305,7 +306,8 @@ class Reconciler:
                         if asked:
                             await self._store.write(path, "")
                             # Shows as shut down and goes on holding: its frames are untouched.
-                            self._xen.shut_down(holder.domid, SHUTDOWN_POWEROFF)
+                            if identity.is_still(self._xen, holder.domid, holder.uuid):
+                                self._xen.shut_down(holder.domid, SHUTDOWN_POWEROFF)
             await trio.sleep(AGAIN_S)
 
     async def _await_death(self, holder: Holder) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 
 import structlog
 
+from xshmd.engine import identity
 from xshmd.engine.changes import Changes
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import NO_DOMAIN, Holders
@@ -111,6 +112,7 @@ async def _hold_again(
         return False
     gate.lock(guest)
     try:
+        identity.verify(xen, guest)
         count = pause_count(xen, guest.domid)
         # Until libxl has stored the configuration, one of them is its own.
         ours = count if gate.creation_is_over(guest) else count - 1
