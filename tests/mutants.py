@@ -23,11 +23,12 @@ from typing import Any, Final
 from contract import traces
 from contract.cases import CASES
 from contract.host import ContractHost
-from fakes import hypervisor
+from fakes import hypervisor, machine
 
 from xshmd.model import Arch
 
-SOURCE: Final = Path(hypervisor.__file__)
+SOURCES: Final = (Path(machine.__file__), Path(hypervisor.__file__))
+"""The model's two halves; the second is made on top of the first."""
 MUTANT_LIMIT_S: Final = 20.0
 TRACES: Final = range(6)
 NOT_OF_XEN: Final = frozenset(
@@ -46,10 +47,10 @@ Edit = Callable[[ast.AST], None]
 
 
 class Mutant:
-    """One small change: what it is, and how it is made in a fresh tree."""
+    """One small change: what it is, and how it is made in a fresh tree of its file."""
 
-    def __init__(self, what: str, node: int, edit: Edit) -> None:
-        self.what, self.node, self.edit = what, node, edit
+    def __init__(self, what: str, source: Path, node: int, edit: Edit) -> None:
+        self.what, self.source, self.node, self.edit = what, source, node, edit
 
 
 class _TookTooLong(BaseException):
@@ -64,8 +65,9 @@ class ImpatientHost(ContractHost):
             raise AssertionError(what)
 
 
-def mutants(tree: ast.Module) -> list[Mutant]:
-    """Return every change to what the model says of Xen."""
+def mutants(source: Path) -> list[Mutant]:
+    """Return every change to what this half of the model says of Xen."""
+    tree = ast.parse(source.read_text())
     numbers = {node: number for number, node in enumerate(ast.walk(tree))}
     found = []
     for function in _functions(tree):
@@ -73,13 +75,14 @@ def mutants(tree: ast.Module) -> list[Mutant]:
             for what, edit in _edits(node):
                 text = ast.unparse(node).splitlines()[0][:70]
                 line = getattr(node, "lineno", 0)
-                found.append(Mutant(f"{function.name}:{line}: {what}: {text}", numbers[node], edit))
+                told = f"{function.name}:{line}: {what}: {text}"
+                found.append(Mutant(told, source, numbers[node], edit))
     return found
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        if cls.name == "SimulatedXen":
+        if cls.name in {"Machine", "SimulatedXen"}:
             for node in cls.body:
                 if isinstance(node, ast.FunctionDef) and node.name not in NOT_OF_XEN:
                     yield node
@@ -129,15 +132,21 @@ def _without(place: int) -> Edit:
     return edit
 
 
-def _broken_model(text: str, mutant: Mutant) -> type[hypervisor.SimulatedXen]:
-    tree = ast.parse(text)
-    mutant.edit(list(ast.walk(tree))[mutant.node])
-    ast.fix_missing_locations(tree)
-    module = types.ModuleType("broken")
-    sys.modules["broken"] = module
-    exec(compile(tree, "broken", "exec"), module.__dict__)
-    model: type[hypervisor.SimulatedXen] = module.__dict__["SimulatedXen"]
-    return model
+def _broken_model(mutant: Mutant) -> type[hypervisor.SimulatedXen]:
+    names = ("fakes.machine", "fakes.hypervisor")
+    whole = {name: sys.modules[name] for name in names}
+    try:
+        for name, source in zip(names, SOURCES, strict=True):
+            tree = ast.parse(source.read_text())
+            if source == mutant.source:
+                mutant.edit(list(ast.walk(tree))[mutant.node])
+                ast.fix_missing_locations(tree)
+            sys.modules[name] = module = types.ModuleType(name)
+            exec(compile(tree, name, "exec"), module.__dict__)
+        model: type[hypervisor.SimulatedXen] = module.__dict__["SimulatedXen"]
+        return model
+    finally:
+        sys.modules.update(whole)
 
 
 class Contract:
@@ -202,8 +211,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="how many; 0: all")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    text = SOURCE.read_text()
-    everything = mutants(ast.parse(text))
+    everything = [mutant for source in SOURCES for mutant in mutants(source)]
     random.Random(options.seed).shuffle(everything)
     chosen = everything[: options.sample or None]
     contract = Contract()
@@ -218,7 +226,7 @@ def main() -> int:
         tried += 1
         signal.setitimer(signal.ITIMER_REAL, MUTANT_LIMIT_S)
         try:
-            caught = contract.catches(_broken_model(text, mutant))
+            caught = contract.catches(_broken_model(mutant))
         except _TookTooLong:
             caught = True
         finally:

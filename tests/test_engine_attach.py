@@ -8,7 +8,8 @@ import errno
 
 import pytest
 import trio
-from fakes.hypervisor import PLAIN_BAR, SimulatedXen
+from fakes.hypervisor import SimulatedXen
+from fakes.machine import PLAIN_BAR
 from fakes.toolstack import XlFailed
 from fakes.world import world
 from trio.testing import MockClock

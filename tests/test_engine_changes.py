@@ -11,7 +11,7 @@ import pytest
 import trio
 from crash import sampled
 from fakes import xenstored as xs
-from fakes.hypervisor import Call
+from fakes.machine import Call
 from fakes.toolstack import Made
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fakes.hypervisor import PLAIN_BAR
+from fakes.machine import PLAIN_BAR
 from fakes.toolstack import XlFailed
 from fakes.world import World, world
 from trio.testing import MockClock

@@ -9,7 +9,8 @@ from typing import Final
 
 import pytest
 import trio
-from fakes.hypervisor import Call, Domain
+from fakes.machine import Call
+from fakes.objects import Domain
 from fakes.toolstack import XlFailed
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock

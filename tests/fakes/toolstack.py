@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import trio
 
-from fakes.hypervisor import Domain, SimulatedXen
+from fakes.hypervisor import SimulatedXen
+from fakes.objects import Domain
 from fakes.start_info import write_start_info
 from fakes.xenstored import FakeXenstored
 from xshmd.errors import DomainGone, XshmError

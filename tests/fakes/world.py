@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import structlog
 import trio
 
-from fakes.hypervisor import Page, SimulatedXen
+from fakes.hypervisor import SimulatedXen
+from fakes.objects import Page
 from fakes.toolstack import DaemonLocks, FakeLocks, FakeToolstack, Made
 from fakes.xenstored import FakeXenstored, fake_xenstored
 from xshmd.engine.options import Options
