@@ -13,3 +13,6 @@ collect_ignore_glob = (
     if shutil.which("dtc") and importlib.util.find_spec("libfdt")
     else ["test_config_devicetree_*.py", "test_config_devicetree.py", "test_config_artefacts*.py"]
 )
+
+pytest_plugins = ("finder_host", "store_words")
+"""Modules whose fixtures several test modules use."""
