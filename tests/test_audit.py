@@ -66,8 +66,8 @@ async def test_every_kind_has_an_entry_of_its_own(kind: EventKind) -> None:
     entry = audit.KINDS[kind]
     assert entries == [
         {
-            "event": entry.text, "log_level": "info", "message_id": entry.message_id,
-            "region": "r0", "guest": "ctl", "why": "why not",
+            "event": entry.text, "log_level": "error" if entry.failed else "info",
+            "message_id": entry.message_id, "region": "r0", "guest": "ctl", "why": "why not",
         }
     ]  # fmt: skip
 
@@ -113,13 +113,13 @@ async def test_events_are_written_down_in_order() -> None:
                 api.hub.emit(Event(kind=kind, region="r0"))
             await trio.testing.wait_all_tasks_blocked()
             assert [e["event"] for e in entries] == [
-                "region made", "memory granted", "memory withdrawn",
+                "region created", "memory granted", "memory withdrawn",
             ]  # fmt: skip
             # What happens in the very moment of the end is not lost either.
             api.hub.emit(Event(kind=EventKind.REGION_REMOVED, region="r0"))
             api.hub.emit(Event(kind=EventKind.HOLDER_DESTROYED))
             nursery.cancel_scope.cancel()
-    assert [entry["event"] for entry in entries[3:]] == ["region removed", "holder removed"]
+    assert [entry["event"] for entry in entries[3:]] == ["region freed", "holder destroyed"]
 
 
 async def test_a_gap_is_owned_up_to() -> None:

@@ -14,7 +14,6 @@ from xshmd.config.xlcfg import MAX_BYTES
 from xshmd.errors import ConfigError, ConfigUnreadable
 from xshmd.model import GuestType
 
-
 # --- own files --------------------------------------------------------------------------------
 
 

@@ -204,7 +204,7 @@ def test_files_and_sighup(host: Host) -> None:
         host.dom0.run(["rm", bad])
         since = host.mark
         host.reload()
-        host.wait_log("reloaded steps=2", since)
+        host.wait_log("reloaded why='2 steps'", since)
         assert members(host, more) == [guest.name]
         host.poke(go, 0, FILLED, filled(7))
         host.wait_said(guest, "filled pages=256 seed=7")
@@ -213,7 +213,7 @@ def test_files_and_sighup(host: Host) -> None:
         host.dom0.run(["rm", "-f", good, bad])
         since = host.mark
         host.reload()
-    host.wait_log("reloaded steps=2", since)
+    host.wait_log("reloaded why='2 steps'", since)
     assert names(host.regions()) == [go]
     host.destroy(guest)
 

@@ -26,7 +26,7 @@ def test_an_owner_that_is_gone_takes_its_region_along(host: Host) -> None:
     since = host.mark
     host.destroy(owner)
     host.wait(lambda: names(host.regions()) == [own], f"{lent} is freed")
-    host.wait_log("regions detached .*owner gone", since)
+    host.wait_log("memory withdrawn .*owner gone", since)
     assert members(host, own) == [borrower.name]
     assert host.domid(borrower) is not None
     host.poke(own, 0, FILLED, filled(7))

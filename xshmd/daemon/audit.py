@@ -44,20 +44,24 @@ class Kind:
 
     message_id: str
     text: str
+    failed: bool = False
+    """Whether it is something an admin must see to: then its priority is err, not info."""
 
 
 KINDS: Final[Mapping[EventKind, Kind]] = MappingProxyType(
     {
-        EventKind.REGION_CREATED: Kind("5e36a9969ab34d4b9ec21c70287f0539", "region made"),
-        EventKind.REGION_REMOVED: Kind("16eb9dfc18664482be10a98042a59ad9", "region removed"),
+        EventKind.REGION_CREATED: Kind("5e36a9969ab34d4b9ec21c70287f0539", "region created"),
+        EventKind.REGION_REMOVED: Kind("16eb9dfc18664482be10a98042a59ad9", "region freed"),
         EventKind.PEER_JOINED: Kind("4c72f4e1fc0a431c937307411b05416c", "memory granted"),
         EventKind.PEER_LEFT: Kind("eec7e4ded95946ee8869d59429f518c0", "memory withdrawn"),
-        EventKind.GUEST_REFUSED: Kind("37f41f2b32c44a9aaaf9c1c7ade3ddad", "memory refused"),
-        EventKind.GUEST_AWAITED: Kind("a8bc233849a048bda220bbeae93d123b", "memory kept"),
-        EventKind.HOLDER_CREATED: Kind("fc4f8839f160416d804dbb3b5d496426", "holder made"),
-        EventKind.HOLDER_DESTROYED: Kind("0c4613f0b8c04e3a9d708e12dcae5f8a", "holder removed"),
-        EventKind.HOLDER_LOST: Kind("d5c05fd7870843e29f4194fd2370f246", "holder lost"),
-        EventKind.RELOADED: Kind("549377b9b7324a12a3fd177c99252b63", "configuration reloaded"),
+        EventKind.GUEST_REFUSED: Kind(
+            "37f41f2b32c44a9aaaf9c1c7ade3ddad", "guest refused", failed=True
+        ),
+        EventKind.GUEST_AWAITED: Kind("a8bc233849a048bda220bbeae93d123b", "guest awaited"),
+        EventKind.HOLDER_CREATED: Kind("fc4f8839f160416d804dbb3b5d496426", "holder created"),
+        EventKind.HOLDER_DESTROYED: Kind("0c4613f0b8c04e3a9d708e12dcae5f8a", "holder destroyed"),
+        EventKind.HOLDER_LOST: Kind("d5c05fd7870843e29f4194fd2370f246", "holder lost", failed=True),
+        EventKind.RELOADED: Kind("549377b9b7324a12a3fd177c99252b63", "reloaded"),
     }
 )
 ASKED: Final = Kind("786540d8fbab466793fc0e848f53c58d", "client asked")
@@ -67,7 +71,7 @@ INCOMPLETE: Final = Kind("cb1d2e1f31ee49d4a118fecc6148e6cb", "audit incomplete")
 def record(event: Event) -> None:
     """Write one event down."""
     kind = KINDS[event.kind]
-    facts: dict[str, Any] = {"region": event.region, "guest": event.guest, "domid": event.domid}
+    facts: dict[str, Any] = {"guest": event.guest, "domid": event.domid, "region": event.region}
     if event.request is not None:
         facts |= {
             "address": hex(address_of(event.request.first_gfn)),
@@ -81,7 +85,8 @@ def record(event: Event) -> None:
         "why": event.reason,
     }
     said = {key: value for key, value in facts.items() if value not in ("", None)}
-    log.info(kind.text, message_id=kind.message_id, **said)
+    write = log.error if kind.failed else log.info
+    write(kind.text, message_id=kind.message_id, **said)
 
 
 async def run(

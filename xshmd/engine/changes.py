@@ -269,7 +269,6 @@ class Changes:
         guest = dataclasses.replace(guest, requests=(*guest.requests, *new))
         also = records.published(guest, self._ledger.regions) if self._lives(guest) else ()
         await self._ledger.put_guest(guest, also=also)
-        log.info("regions attached", guest=guest.name, domid=guest.domid, regions=_ids(part.attach))
 
     async def _take_away(self, intent: Intent, part: Part, guest: Guest) -> None:
         """Unmap what a guest is to have no more, and forget it; may be done again."""
@@ -299,10 +298,6 @@ class Changes:
             # While it stands still: what it puts there from now on is its own.
             self._ledger.know(without)
             await self._ledger.put_guest(without)
-        log.info(
-            "regions detached",
-            guest=guest.name, domid=guest.domid, regions=_ids(old), reason=intent.reason,
-        )  # fmt: skip
 
     def _lives(self, guest: Guest) -> bool:
         return identity.is_still(self._xen, guest.domid, guest.uuid)

@@ -30,7 +30,6 @@ from xshmd.model import (
     Role,
 )
 from xshmd.ports import Clock, Store
-from xshmd.units import human_size
 
 log = structlog.get_logger()
 
@@ -84,7 +83,6 @@ class Ends:
                 dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=self._clock.now())
             )
             self._hub.about_guest(EventKind.GUEST_AWAITED, guest)
-            log.info("guest awaited", guest=guest.name, domid=guest.domid)
             return self._options.reboot_grace_s
         await self._ledger.drop_guest(guest.generation)
         if guest.requests:
@@ -161,7 +159,6 @@ class Ends:
         for region in regions:
             await self._ledger.drop_region(region.region_id)
             self._hub.about_region(EventKind.REGION_REMOVED, region, "its last member ended")
-            log.info("region freed", region=region.region_id, size=human_size(region.size_bytes))
 
     async def check_holders(self, domains: dict[int, DomainInfo]) -> None:
         """Notice holders that somebody else destroyed, and undo those whose making was cut off."""

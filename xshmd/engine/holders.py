@@ -100,7 +100,6 @@ class Holders:
         await self._name(holder)
         self._on_created(holder)
         self._say(EventKind.HOLDER_CREATED, holder)
-        log.info("holder created", holder=holder.uuid, domid=domid)
         return holder
 
     def _make_domain(self, uuid: str) -> DomId:
@@ -167,7 +166,6 @@ class Holders:
             await self._remove_nodes(holder)
             self._say(EventKind.HOLDER_DESTROYED, holder)
         await self._ledger.drop_holder(holder.uuid)
-        log.info("holder destroyed", holder=holder.uuid, domid=holder.domid)
 
     def _say(self, kind: EventKind, holder: Holder, reason: str = "") -> None:
         self._hub.emit(Event(kind=kind, domid=holder.domid, holder_uuid=holder.uuid, reason=reason))
@@ -340,7 +338,6 @@ class Holders:
             await self._ledger.put_region(dataclasses.replace(region, ready=False))
         await self._free_frames(region)
         self._hub.about_region(EventKind.REGION_REMOVED, region, reason)
-        log.info("region freed", region=region.region_id, size_bytes=region.size_bytes)
 
     async def _free_frames(self, region: Region) -> None:
         holder = self._ledger.holder(region.holder_uuid)

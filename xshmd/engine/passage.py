@@ -27,7 +27,7 @@ from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import EventKind, Guest, GuestConfig, GuestState
 from xshmd.policy.plan import GuestPlan, plan_guest
 from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
-from xshmd.units import DomId, bytes_of, human_size
+from xshmd.units import DomId, human_size
 
 log = structlog.get_logger()
 
@@ -220,13 +220,6 @@ class Passage:
             await self._holders.add_region(
                 holder.uuid, new, reason=GUEST_CREATED, owner_came=new.owner == guest.name
             )
-            log.info(
-                "region created",
-                region=new.region_id,
-                size=human_size(bytes_of(new.nr_frames)),
-                guest=guest.name,
-                holder=holder.uuid,
-            )
         return guest
 
     def _check_memory(self, plan: GuestPlan) -> None:
@@ -298,7 +291,6 @@ class Passage:
 
     async def _refuse(self, guest: Guest, error: XshmError) -> None:
         """The guest cannot have its regions, so it must not run."""
-        log.error("guest refused", guest=guest.name, domid=guest.domid, reason=error.one_line())
         self._hub.about_guest(EventKind.GUEST_REFUSED, guest, error.one_line())
         self.failures[guest.name] = error
         while len(self.failures) > FAILURES_KEPT:

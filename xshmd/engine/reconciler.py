@@ -373,8 +373,8 @@ class Reconciler:
             await self._carry_out(plan, "reload")
             self._desired.reloaded(declarations)
             self._reloaded_at = self._clock.now()
-            self._hub.emit(Event(kind=EventKind.RELOADED))
-            log.info("reloaded", steps=len(plan.steps))
+            steps = f"{len(plan.steps)} step{'' if len(plan.steps) == 1 else 's'}"
+            self._hub.emit(Event(kind=EventKind.RELOADED, reason=steps))
         return plan.steps
 
     async def _be_settled(self) -> None:
