@@ -134,6 +134,19 @@ def test_a_name_cannot_steer_the_terminal(api: FakeRegions, capsys: Captured) ->
         assert "\x1b" not in out
 
 
+@pytest.mark.usefixtures("socket_path")
+def test_columns_line_up_under_wide_and_combining_characters(
+    api: FakeRegions, capsys: Captured
+) -> None:
+    named = [dataclasses.replace(OWNER, name=name) for name in ("ctl", "e\u0301te\u0301", "温度計")]
+    api.now = dataclasses.replace(SNAPSHOT, guests=tuple(named))
+    assert main(["list", "--guests", "--no-legend"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("5")[0] for line in lines] == [
+        "ctl     ", "e\u0301te\u0301     ", "温度計  "
+    ]  # fmt: skip
+
+
 def test_the_option_beats_the_environment(
     socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

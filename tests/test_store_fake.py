@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import trio
 from fakes import xenstored as xs
-from fakes.xenstored import Match, Node, Permission, Transaction, Tree, XsError
+from fakes.xenstore_tree import Match, Node, Permission, Transaction, Tree, XsError
 
 
 class Recorder:

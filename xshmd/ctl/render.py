@@ -46,13 +46,25 @@ def print_table(
     lines = [[printable(cell) for cell in row] for row in rows]
     if legend and lines:
         lines.insert(0, list(header))
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    widths = [max(_columns(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        padded = [
+            cell + " " * (width - _columns(cell)) for cell, width in zip(line, widths, strict=True)
+        ]
         print("  ".join(padded).rstrip())
     if legend:
         count = f"{len(rows) or 'no'} {noun}{'' if len(rows) == 1 else 's'}"
         print(f"\n{count} listed." if rows else f"{count}.")
+
+
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata  # another shared object, for the few that need it
+
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) != 0 for char in text)
 
 
 def print_fields(rows: Sequence[tuple[str, str]]) -> None:
