@@ -314,7 +314,8 @@ class Host:
 
     def refusals(self, since: int) -> list[tuple[str, str]]:
         """(guest, reason) of every refusal in the log."""
-        pattern = re.compile(r"^<3>guest refused guest=('.*?') domid=\d+ reason=(.*)$", re.M)
+        line = r"^<3>guest refused guest=('.*?') domid=\d+ (?:holder='\S+' )?why=(.*)$"
+        pattern = re.compile(line, re.M)
         return [
             (ast.literal_eval(name), ast.literal_eval(reason))
             for name, reason in pattern.findall(self.log(since))
