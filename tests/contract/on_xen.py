@@ -10,14 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from xshmd.errors import XshmError
 from xshmd.xen.hypervisor import XenHypervisor
 
 from .cases import CASES
-from .host import ContractHost, Wrong
+from .host import HOLDER_GFN, ContractHost, FreeMemory, Wrong
 
-SLOW_S = 5.0
 QUIET_S = 2.5
 XENS_OWN_PAGES = 4
 """What Xen itself may keep for later of a run; a domain that leaks costs some thirty at least."""
@@ -34,30 +34,32 @@ def main(names: Sequence[str]) -> int:
     with XenHypervisor() as xen:
         domains_before = {info.domid for info in xen.domains()}
         # dom0 may need pages of its own to map others', and keeps them: let it have them first.
-        with ContractHost(xen, quiet_s=QUIET_S) as make:
-            make.holder(4096)
-        free_before = ContractHost(xen, quiet_s=QUIET_S).free_pages()
+        with ContractHost(xen) as make:
+            xen.zero(make.holder(4096), HOLDER_GFN, 4096)
+        memory = FreeMemory(xen, QUIET_S)
+        free_before = memory.settled()
         for name, case in chosen:
             began = time.monotonic()
             try:
-                with ContractHost(xen, quiet_s=QUIET_S) as make:
+                with ContractHost(xen, memory) as make:
                     case(xen, make)
             except (Wrong, XshmError, ValueError, AssertionError) as reason:
                 failed += 1
                 where = traceback.extract_tb(reason.__traceback__)
-                lines = [str(f.lineno) for f in where if f.filename.endswith("cases.py")]
-                print(f"FAIL {name}: {type(reason).__name__}: {reason} (line {lines[-1:]})")
+                lines = [
+                    f"{Path(f.filename).name}:{f.lineno}" for f in where if "/cases/" in f.filename
+                ]
+                print(f"FAIL {name}: {type(reason).__name__}: {reason} ({lines[-1:]})")
             else:
                 passed += 1
                 took = time.monotonic() - began
-                if took > SLOW_S:
-                    print(f"slow {name}: {took:.1f} s")
+                print(f"time {name}: {took:.2f} s")
             sys.stdout.flush()
+        free_after = memory.settled()
         left = {info.domid for info in xen.domains()} - domains_before
         if left:
             failed += 1
             print(f"FAIL domains left behind: {sorted(left)}")
-        free_after = ContractHost(xen, quiet_s=QUIET_S).free_pages()
         if abs(free_after - free_before) > XENS_OWN_PAGES:
             failed += 1
             print(f"FAIL {free_before} pages were free before, {free_after} are now")

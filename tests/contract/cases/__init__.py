@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The cases, a module a topic.  Each makes what it needs and leaves nothing, in any order."""
+
+from __future__ import annotations
+
+from ..registry import CASES, Case
+from . import (
+    contents,
+    ends,
+    fresh_domains,
+    host_memory,
+    mappings,
+    memory_maps,
+    pages,
+    paging_pools,
+    pauses,
+    seals,
+    targets,
+    unknown_domains,
+)
+
+__all__ = [
+    "CASES", "Case", "contents", "ends", "fresh_domains", "host_memory", "mappings", "memory_maps",
+    "pages", "paging_pools", "pauses", "seals", "targets", "unknown_domains",
+]  # fmt: skip
