@@ -11,24 +11,23 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
+import inspect
 import random
 import signal
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from contract import traces
 from contract.cases import CASES
 from contract.host import ContractHost
-from fakes import hypervisor, machine
+from fakes import hypervisor
 
 from xshmd.model import Arch
 
-SOURCES: Final = (Path(machine.__file__), Path(hypervisor.__file__))
-"""The model's two halves; the second is made on top of the first."""
 MUTANT_LIMIT_S: Final = 20.0
 TRACES: Final = range(6)
 NOT_OF_XEN: Final = frozenset(
@@ -38,6 +37,13 @@ NOT_OF_XEN: Final = frozenset(
         "guest_write", "foreign_frames", "_guest_pages", "__init__", "_crash", "_short",
     }
 )  # fmt: skip
+NO_CLAIMS: Final = (
+    "self._check_conservation(",
+    "self.open_maps.",
+    "self.on_",
+    "self.unwiped_frees",
+)
+"""Statements of the model that are such instruments too."""
 _COMPARISONS: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -46,11 +52,22 @@ _COMPARISONS: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
 Edit = Callable[[ast.AST], None]
 
 
-class Mutant:
-    """One small change: what it is, and how it is made in a fresh tree of its file."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Method:
+    """A method of the model, and the module whose names it uses."""
 
-    def __init__(self, what: str, source: Path, node: int, edit: Edit) -> None:
-        self.what, self.source, self.node, self.edit = what, source, node, edit
+    module: types.ModuleType
+    tree: ast.FunctionDef
+
+    def __str__(self) -> str:
+        return f"{self.module.__name__.rpartition('.')[2]}.{self.tree.name}"
+
+
+class Mutant:
+    """One small change to one method: what it is, and how it is made in a fresh tree."""
+
+    def __init__(self, what: str, method: Method, node: int, edit: Edit) -> None:
+        self.what, self.method, self.node, self.edit = what, method, node, edit
 
 
 class _TookTooLong(BaseException):
@@ -65,30 +82,38 @@ class ImpatientHost(ContractHost):
             raise AssertionError(what)
 
 
-def mutants(source: Path) -> list[Mutant]:
-    """Return every change to what this half of the model says of Xen."""
-    tree = ast.parse(source.read_text())
-    numbers = {node: number for number, node in enumerate(ast.walk(tree))}
+def mutants() -> list[Mutant]:
+    """Return every change to what the model says of Xen."""
     found = []
-    for function in _functions(tree):
-        for node in ast.walk(function):
+    for method in methods(hypervisor.SimulatedXen):
+        for number, node in enumerate(ast.walk(method.tree)):
             for what, edit in _edits(node):
                 text = ast.unparse(node).splitlines()[0][:70]
                 line = getattr(node, "lineno", 0)
-                told = f"{function.name}:{line}: {what}: {text}"
-                found.append(Mutant(told, source, numbers[node], edit))
+                found.append(Mutant(f"{method}:{line}: {what}: {text}", method, number, edit))
     return found
 
 
-def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        if cls.name in {"Machine", "SimulatedXen"}:
-            for node in cls.body:
-                if isinstance(node, ast.FunctionDef) and node.name not in NOT_OF_XEN:
-                    yield node
+def methods(model: type) -> Iterator[Method]:
+    """Return what makes claims about Xen, in whichever of the fakes' modules it is written."""
+    for cls in model.__mro__:
+        module = sys.modules[cls.__module__]
+        if module.__name__.partition(".")[0] != "fakes":
+            continue
+        tree = ast.parse(inspect.getsource(module))
+        (body,) = (
+            node.body
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+        )
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and node.name not in NOT_OF_XEN:
+                yield Method(module, node)
 
 
 def _edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
+    if isinstance(node, ast.stmt) and _is_instrument(node):
+        return
     match node:
         case ast.Compare(ops=[operator]) if type(operator) in _COMPARISONS:
             yield "comparison", _set("ops", [_COMPARISONS[type(operator)]()])
@@ -111,10 +136,16 @@ def _edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
             yield "errno", _set("attr", "EBUSY" if name != "EBUSY" else "EIO")
     if isinstance(node, (ast.FunctionDef, ast.If, ast.For, ast.With)):
         for place, statement in enumerate(node.body):
+            if _is_instrument(statement):
+                continue
             if isinstance(statement, (ast.AugAssign, ast.Assign)) or (
                 isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
             ):
                 yield f"without `{ast.unparse(statement)[:50]}`", _without(place)
+
+
+def _is_instrument(node: ast.AST) -> bool:
+    return ast.unparse(node).startswith(NO_CLAIMS)
 
 
 def _set(field: str, value: object) -> Edit:
@@ -133,20 +164,15 @@ def _without(place: int) -> Edit:
 
 
 def _broken_model(mutant: Mutant) -> type[hypervisor.SimulatedXen]:
-    names = ("fakes.machine", "fakes.hypervisor")
-    whole = {name: sys.modules[name] for name in names}
-    try:
-        for name, source in zip(names, SOURCES, strict=True):
-            tree = ast.parse(source.read_text())
-            if source == mutant.source:
-                mutant.edit(list(ast.walk(tree))[mutant.node])
-                ast.fix_missing_locations(tree)
-            sys.modules[name] = module = types.ModuleType(name)
-            exec(compile(tree, name, "exec"), module.__dict__)
-        model: type[hypervisor.SimulatedXen] = module.__dict__["SimulatedXen"]
-        return model
-    finally:
-        sys.modules.update(whole)
+    method = copy.deepcopy(mutant.method.tree)
+    mutant.edit(list(ast.walk(method))[mutant.node])
+    tree = ast.fix_missing_locations(ast.Module([method], type_ignores=[]))
+    flags = annotations.compiler_flag
+    made: dict[str, Any] = {}
+    exec(
+        compile(tree, "broken", "exec", flags, dont_inherit=True), vars(mutant.method.module), made
+    )
+    return type("Broken", (hypervisor.SimulatedXen,), made)
 
 
 class Contract:
@@ -211,7 +237,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="how many; 0: all")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    everything = [mutant for source in SOURCES for mutant in mutants(source)]
+    everything = mutants()
     random.Random(options.seed).shuffle(everything)
     chosen = everything[: options.sample or None]
     contract = Contract()
