@@ -13,11 +13,19 @@ import uuid as uuid_module
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from xshmd.errors import DomainGone, HypercallFailed, XshmError
+from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, XshmError
 from xshmd.model import Arch, DomainInfo
 from xshmd.policy.host_ranges import why_not_shareable
 from xshmd.ports import Hypervisor
-from xshmd.units import DOMID_FIRST_RESERVED, DomId, Gfn, Mfn, bytes_of
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    PAGE_SIZE,
+    SUPERPAGE_FRAMES,
+    DomId,
+    Gfn,
+    Mfn,
+    bytes_of,
+)
 
 HOLDER_GFN = Gfn(0x40000)
 """Where the cases put a holder's pages: 1 GiB, 2 MiB aligned."""
@@ -131,6 +139,7 @@ class ContractHost:
         self.arch: Arch = host.arch
         self.version = host.xen_version
         self._made: list[DomId] = []
+        self._settled = False
 
     def __enter__(self) -> ContractHost:
         return self
@@ -155,6 +164,24 @@ class ContractHost:
         domid = self.bare()
         self.xen.set_paging_pool_bytes(domid, bytes_of(pool_frames))
         return domid
+
+    def hog(self, nr_left: int) -> None:
+        """Leave the machine about so many free pages, no fewer."""
+        domid = self.domain(4096)
+        wanted = (self.free_pages() - nr_left) // SUPERPAGE_FRAMES * SUPERPAGE_FRAMES
+        self.xen.set_max_pages(domid, wanted)
+        with suppress(OutOfMemory):
+            self.xen.populate(domid, Gfn(0), wanted)
+
+    @property
+    def levels(self) -> int:
+        """Tables on the way to a frame, below the root that every domain has from the start."""
+        return 3
+
+    def tables(self, domid: DomId) -> int:
+        """Return how many pages of its pool a domain uses; it has no others afterwards."""
+        self.starve(domid)
+        return self.xen.paging_pool_bytes(domid) // PAGE_SIZE
 
     def starve(self, domid: DomId) -> None:
         """Leave the domain no page in its paging pool but those in use already."""
@@ -240,6 +267,7 @@ class ContractHost:
         """Let what earlier cases used come back: the first thing a case that counts pages does."""
         if self._made:
             raise Wrong("the case has begun: what its own domains take is not to be waited for")
+        self._settled = True
         return self._memory.settled()
 
     def wait_free(self, nr_pages: int, what: str) -> None:
@@ -265,6 +293,6 @@ class ContractHost:
     @contextmanager
     def page_exact(self) -> Iterator[None]:
         """Fail unless free memory comes back to what it was, to the page."""
-        before = self.free_pages() if self._made else self.settle()
+        before = self.free_pages() if self._settled else self.settle()
         yield
         self.wait_free(before, "free pages afterwards")

@@ -34,6 +34,8 @@ X86_FIRST_POOL_PAGES: Final = 256
 """arch/x86/mm/hap/hap.c hap_enable()"""
 X86_FIXED_POOL_PAGES: Final = 12
 """hap_enable(): the p2m's root, those of ten nested p2ms, and vCPU 0's monitor table."""
+X86_ZOMBIE_POOL_PAGES: Final = 11
+"""hap_teardown(): the roots stay until hap_final_teardown()."""
 ARM_FIRST_POOL_PAGES: Final = {(4, 17): 16}
 """arch/arm/p2m.c; none since 4.18."""
 CACHEFLUSH_LIMIT: Final = 1 << 18
@@ -132,14 +134,15 @@ class SimulatedXen(Machine):
         if domain.dying:
             return
         domain.dying = True
+        kept = X86_ZOMBIE_POOL_PAGES if self.arch is Arch.X86_64 and domain.hvm else 0
+        self.free_pages += domain.pool_pages - kept
+        domain.pool_pages = kept
         entries, domain.p2m = domain.p2m, {}
         for entry in entries.values():
             if entry.foreign:
                 self._put(entry.page)  # relinquish_p2m_mapping(): foreign references first
         for page in tuple(domain.pages):
             self._give_up(page)
-        self.free_pages += domain.pool_pages
-        domain.pool_pages = 0
         domain.tables.clear()
         domain.superpages.clear()
         domain.direct.clear()
@@ -213,6 +216,10 @@ class SimulatedXen(Machine):
             if size_bytes % PAGE_SIZE:
                 raise failure(call, domid, errno.EINVAL)
             wanted = size_bytes // PAGE_SIZE
+            if domain.dying and wanted > domain.pool_pages:
+                # arch_set_paging_mempool_size() does not ask; what is given to a pool after
+                # hap_teardown() or p2m_teardown_allocation() is never given back.
+                raise ModelViolation(f"a pool for domain {domid}, which is dying")
             # "Failed to free enough": all that can be is freed all the same.
             reached = min(max(wanted, domain.pool_in_use), domain.pool_pages + self.free_pages)
             self.free_pages -= reached - domain.pool_pages
@@ -270,9 +277,8 @@ class SimulatedXen(Machine):
                     done.append(gfn)
                     gfn += 1
                 else:
-                    for frame in done:
-                        assert domain is not None
-                        self._guest_remove_page(domain, frame)
+                    if domain is not None:
+                        self._free_frames(domain, first_gfn, nr_frames)
                     raise self._short(domid, nr_frames, len(done))
 
     @staticmethod
@@ -289,10 +295,18 @@ class SimulatedXen(Machine):
             domain = self.by_domid.get(domid)
             if domain is None:
                 return 0
-            return sum(
-                self._guest_remove_page(domain, gfn) == 0
-                for gfn in range(first_gfn, first_gfn + nr_frames)
-            )
+            return self._free_frames(domain, first_gfn, nr_frames)
+
+    def _free_frames(self, domain: Domain, first_gfn: int, nr_frames: int) -> int:
+        freed = 0
+        for gfn in range(first_gfn, first_gfn + nr_frames):
+            if self._page_for_dom0(domain, gfn) is None:
+                continue
+            if self._guest_remove_page(domain, gfn):
+                call = "xc_domain_decrease_reservation"
+                raise failure(call, domain.domid, errno.EBUSY, first_gfn=gfn)
+            freed += 1
+        return freed
 
     def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
         with self._call("zero", domid, first_gfn, nr_frames):
@@ -398,8 +412,8 @@ class SimulatedXen(Machine):
         domain.direct.pop(gfn, None)
         domain.p2m[gfn] = Entry(page, foreign=True)
         if old is not None and not x86 and old.foreign:
+            # __p2m_set_entry(): the old entry is put only if its frame is another.
             if old.page is page:
-                # __p2m_set_entry(): the old entry is put only if its frame is another.
                 self.leaked_references += 1
             else:
                 self._put(old.page)
@@ -463,9 +477,10 @@ class SimulatedXen(Machine):
             self._crash(domain)
             return errno.EPERM
         block = gfn >> SUPERPAGE_ORDER
-        if (gfn | mfn) % SUPERPAGE_FRAMES == 0 and nr_left >= SUPERPAGE_FRAMES:
+        # common/domctl.c: Arm is given 64 frames a call at the most, and so never a superpage.
+        if x86 and (gfn | mfn) % SUPERPAGE_FRAMES == 0 and nr_left >= SUPERPAGE_FRAMES:
             if not self._tables(domain, gfn, leaf=False):
-                return errno.ENOMEM if x86 else errno.ENOENT
+                return errno.ENOMEM
             domain.superpages.add(block)
         elif block not in domain.superpages and not self._tables(domain, gfn, leaf=True):
             return errno.ENOMEM if x86 else errno.ENOENT

@@ -307,8 +307,7 @@ class Machine:
             return
         if self.by_domid.pop(domain.domid, None) is None:
             return
-        self.free_pages += domain.overhead_pages
-        domain.overhead_pages = 0
+        self.free_pages += domain.overhead_pages + domain.pool_pages
         if domain.target is not None:
             domain.target.targeted_by -= 1
             self._complete_if_unused(domain.target)

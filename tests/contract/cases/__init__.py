@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..registry import CASES, Case
 from . import (
     contents,
+    crashes,
     ends,
     fresh_domains,
     host_memory,
@@ -15,11 +16,14 @@ from . import (
     paging_pools,
     pauses,
     seals,
+    tables,
     targets,
     unknown_domains,
+    zombies,
 )
 
 __all__ = [
-    "CASES", "Case", "contents", "ends", "fresh_domains", "host_memory", "mappings", "memory_maps",
-    "pages", "paging_pools", "pauses", "seals", "targets", "unknown_domains",
+    "CASES", "Case", "contents", "crashes", "ends", "fresh_domains", "host_memory", "mappings",
+    "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
+    "unknown_domains", "zombies",
 ]  # fmt: skip

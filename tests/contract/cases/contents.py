@@ -7,9 +7,10 @@ import errno
 
 from xshmd.errors import HypercallFailed
 from xshmd.ports import Hypervisor
-from xshmd.units import PAGE_SIZE, Gfn
+from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, Gfn, bytes_of
 
 from ..host import (
+    GUEST_GFN,
     HOLDER_GFN,
     ContractHost,
     equal,
@@ -122,3 +123,44 @@ def populated_frames_tells_which(xen: Hypervisor, make: ContractHost) -> None:
 @case
 def populated_frames_of_an_empty_domain(xen: Hypervisor, make: ContractHost) -> None:
     equal(xen.populated_frames(make.bare(), [HOLDER_GFN, Gfn(0)]), (), "present")
+
+
+@case
+def a_mapping_of_more_than_one_window(xen: Hypervisor, make: ContractHost) -> None:
+    nr = 5000
+    domid = make.holder(nr)
+    mapping = xen.map_pages(domid, HOLDER_GFN, nr, writable=True)
+    mapping.write(bytes_of(nr) - 4, b"last")
+    mapping.close()
+    equal(make.read(domid, HOLDER_GFN + nr - 1, 4, PAGE_SIZE - 4), b"last", "contents")
+
+
+@case
+def contents_outlive_their_frame(xen: Hypervisor, make: ContractHost) -> None:
+    domid = make.holder(1)
+    mapping = xen.map_pages(domid, HOLDER_GFN, 1, writable=True)
+    mapping.write(0, b"kept")
+    xen.depopulate(domid, HOLDER_GFN, 1)
+    equal(mapping.read(0, 4), b"kept", "contents")
+    mapping.close()
+
+
+@case
+def a_page_removed_from_the_p2m_keeps_its_contents(xen: Hypervisor, make: ContractHost) -> None:
+    """It is found through whoever has it mapped, and nowhere else."""
+    holder, guest = make.mapped(1)
+    mapping = xen.map_pages(holder, HOLDER_GFN, 1, writable=True)
+    xen.unmap(holder, HOLDER_GFN, 1)
+    mapping.write(4, b"here")
+    equal(mapping.read(4, 4), b"here", "contents")
+    mapping.close()
+    equal(make.tot_pages(holder), 1, "still the holder's")
+    equal(xen.unmap(guest, GUEST_GFN, 1), 1, "still the guest's")
+
+
+@case
+def zeroing_reaches_the_end_of_a_superpage(xen: Hypervisor, make: ContractHost) -> None:
+    domid, last = make.holder(SUPERPAGE_FRAMES), HOLDER_GFN + SUPERPAGE_FRAMES - 1
+    make.write(domid, last, b"x", PAGE_SIZE - 1)
+    xen.zero(domid, Gfn(last), 1)
+    equal(make.read(domid, last, 1, PAGE_SIZE - 1), bytes(1), "last byte")

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import suppress
+
+from xshmd.errors import HypercallFailed
 from xshmd.ports import Hypervisor
-from xshmd.units import DomId
+from xshmd.units import DomId, bytes_of
 
 from ..host import (
+    GUEST_GFN,
     ContractHost,
     equal,
     expect,
+    raises,
 )
 from ..registry import case
 
@@ -114,8 +120,45 @@ def creation_and_destruction_are_page_exact(xen: Hypervisor, make: ContractHost)
 @case
 def reserved_domids_never_reach_xen(xen: Hypervisor, make: ContractHost) -> None:
     for domid in (0x7FF0, 0x7FF2, 0x7FF4, -1):
-        try:
-            xen.pause(DomId(domid))
-        except ValueError:
-            continue
-        expect(False, f"domid {domid:#x} was let through")
+        for call in (xen.pause, xen.domain_info, xen.destroy, xen.paging_pool_bytes):
+            try:
+                call(DomId(domid))
+            except ValueError:
+                continue
+            expect(False, f"domid {domid:#x} was let through")
+
+
+@case
+def domids_go_up(xen: Hypervisor, make: ContractHost) -> None:
+    """The next free one after the last that was given, also where one in between is in use."""
+    made = [make.bare() for _ in range(4)]
+    equal(made, sorted(made), "domids")
+    make.destroy(made[1])
+    make.gone(made[1])
+    expect(make.bare() > made[3], "the next")
+
+
+@case
+def no_memory_for_a_domain(xen: Hypervisor, make: ContractHost) -> None:
+    before = make.settle()
+    rest = make.domain(64)
+    make.hog(0)
+    with suppress(HypercallFailed):
+        xen.set_paging_pool_bytes(rest, bytes_of(before))  # all there is
+    left = make.free_pages()
+    with raises(HypercallFailed, errno.ENOMEM):
+        make.bare()
+    make.wait_free(left, "free pages")
+
+
+@case
+def dom0_has_vcpus(xen: Hypervisor, make: ContractHost) -> None:
+    expect(xen.domains()[0].nr_online_vcpus >= 1, "dom0's vCPUs")
+    equal(make.info(make.bare()).nr_online_vcpus, 0, "a holder's vCPUs that are up")
+
+
+@case
+def a_fresh_domain_is_no_ones_and_has_no_reason(xen: Hypervisor, make: ContractHost) -> None:
+    info = make.info(make.bare())
+    equal(info.shutdown_reason, 0xFF, "reason")
+    equal(xen.unmap(info.domid, GUEST_GFN, 8), 0, "mapped")

@@ -39,6 +39,7 @@ def host_ranges_are_in_order_and_some_may_be_shared(xen: Hypervisor, make: Contr
 
 @case
 def a_host_range_costs_the_guest_no_memory(xen: Hypervisor, make: ContractHost) -> None:
+    make.settle()
     guest, mfn = make.domain(), make.host_memory(16)
     with make.page_exact():
         xen.map_host_range(guest, GUEST_GFN, mfn, 16)
@@ -125,6 +126,7 @@ def two_guests_may_have_one_host_range(xen: Hypervisor, make: ContractHost) -> N
 
 @case
 def what_dom0_may_not_have_it_cannot_give_away(xen: Hypervisor, make: ContractHost) -> None:
+    make.settle()
     guest = make.domain()
     for mfn in (NOT_DOM0S[make.arch], Mfn((1 << 40) - 1)):
         with make.page_exact(), raises(HypercallFailed, errno.EPERM):
@@ -133,6 +135,7 @@ def what_dom0_may_not_have_it_cannot_give_away(xen: Hypervisor, make: ContractHo
 
 @case
 def a_host_range_without_a_pool_is_not_mapped(xen: Hypervisor, make: ContractHost) -> None:
+    make.settle()
     guest, mfn = make.bare(), make.host_memory(4)
     make.starve(guest)
     with make.page_exact(), raises(HypercallFailed, HOST_POOL_EXHAUSTED):
@@ -148,3 +151,33 @@ def destroying_a_guest_with_a_host_range_is_page_exact(xen: Hypervisor, make: Co
         xen.map_host_range(guest, GUEST_GFN, make.host_memory(600), 600)
         make.destroy(guest)
         make.gone(guest)
+
+
+@case
+def a_pool_that_ends_in_host_memory(xen: Hypervisor, make: ContractHost) -> None:
+    """What was put there before is gone: x86 would crash the guest for a page put over it."""
+    holder, guest = make.pair(1)
+    mfn = make.host_memory(2 * SUPERPAGE_FRAMES)
+    xen.set_paging_pool_bytes(guest, bytes_of(make.tables(guest) + make.levels))
+    first = Gfn(GUEST_GFN + SUPERPAGE_FRAMES - 4)
+    with raises(HypercallFailed, HOST_POOL_EXHAUSTED):
+        xen.map_host_range(guest, first, mfn, 8)
+    xen.map_foreign(guest, first, holder, HOLDER_GFN, 1)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+    equal(xen.unmap(guest, first, 1), 1, "pages there now")
+
+
+@case
+def removing_host_memory_that_never_was(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.domain(), make.host_memory(4)
+    xen.unmap_host_range(guest, GUEST_GFN, mfn, 4)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+
+
+@case
+def removing_other_host_memory_than_is_there(xen: Hypervisor, make: ContractHost) -> None:
+    guest, mfn = make.domain(), make.host_memory(8)
+    xen.map_host_range(guest, GUEST_GFN, mfn, 4)
+    xen.unmap_host_range(guest, GUEST_GFN, Mfn(mfn + 4), 4)
+    expect(not make.info(guest).shut_down, "the guest was crashed")
+    xen.unmap_host_range(guest, GUEST_GFN, mfn, 4)

@@ -223,3 +223,67 @@ def zero_before_the_map_is_what_the_guest_sees(xen: Hypervisor, make: ContractHo
     at = guest if make.arch is Arch.X86_64 else holder
     gfn = GUEST_GFN if make.arch is Arch.X86_64 else HOLDER_GFN
     equal(make.read(at, gfn, PAGE_SIZE), bytes(PAGE_SIZE), "contents")
+
+
+@case
+def a_mapping_across_a_gib(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.pair(8)
+    first = Gfn(GUEST_GFN + (1 << 18) - 4)
+    xen.map_foreign(guest, first, holder, HOLDER_GFN, 8)
+    equal(xen.unmap(guest, first, 8), 8, "removed")
+
+
+@case
+def a_mapping_at_frame_0(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.pair(2)
+    xen.map_foreign(guest, Gfn(0), holder, HOLDER_GFN, 2)
+    equal(xen.unmap(guest, Gfn(0), 3), 2, "removed")
+
+
+@case
+def a_part_of_a_holders_pages(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.pair(8)
+    xen.map_foreign(guest, GUEST_GFN, holder, Gfn(HOLDER_GFN + 3), 2)
+    xen.depopulate(holder, HOLDER_GFN, 8)
+    equal(make.tot_pages(holder), 2, "the two that are mapped")
+    xen.unmap(guest, GUEST_GFN, 1)
+    equal(make.tot_pages(holder), 1, "and one of them")
+
+
+@case
+def each_guest_has_a_reference_of_its_own(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.mapped(1)
+    other = make.domain()
+    xen.set_target(other, holder)
+    xen.map_foreign(other, HOLDER_GFN, holder, HOLDER_GFN, 1)
+    xen.depopulate(holder, HOLDER_GFN, 1)
+    equal(xen.unmap(guest, GUEST_GFN, 1), 1, "removed from one")
+    equal(make.tot_pages(holder), 1, "the other has it yet")
+    equal(xen.unmap(other, HOLDER_GFN, 1), 1, "removed from the other")
+    equal(make.tot_pages(holder), 0, "tot_pages")
+
+
+@case
+def an_overlap_that_fails_leaves_what_was_there(xen: Hypervisor, make: ContractHost) -> None:
+    """x86 refuses the first frame that is taken; on Arm pages would be replaced."""
+    if make.arch is Arch.ARM64:
+        return
+    holder, guest = make.pair(8)
+    xen.map_foreign(guest, Gfn(GUEST_GFN + 2), holder, HOLDER_GFN, 2)
+    with raises(PartialMap, errno.ENXIO) as caught:
+        xen.map_foreign(guest, GUEST_GFN, holder, Gfn(HOLDER_GFN + 4), 4)
+    assert caught.error is not None
+    equal(caught.error.facts["first_gfn"], GUEST_GFN + 2, "first bad frame")
+    equal(xen.unmap(guest, GUEST_GFN, 8), 2, "left")
+
+
+@case
+def pages_put_in_order_are_read_in_order(xen: Hypervisor, make: ContractHost) -> None:
+    """Seen from the holder after each was moved to a frame of its own in the guest and back."""
+    holder, guest = make.pair(3)
+    for index in range(3):
+        make.write(holder, HOLDER_GFN + index, bytes([0x41 + index]) * 8)
+        xen.map_foreign(guest, Gfn(GUEST_GFN + 2 - index), holder, Gfn(HOLDER_GFN + index), 1)
+    found = [make.read(holder, HOLDER_GFN + index, 2) for index in range(3)]
+    equal(found, [b"AA", b"BB", b"CC"], "contents")
+    equal(xen.unmap(guest, GUEST_GFN, 3), 3, "removed")

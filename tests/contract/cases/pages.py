@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from xshmd.errors import OutOfMemory
 from xshmd.ports import Hypervisor
-from xshmd.units import SUPERPAGE_FRAMES, Gfn, bytes_of
+from xshmd.units import SUPERPAGE_FRAMES, Gfn
 
 from ..host import (
     HOLDER_GFN,
@@ -77,9 +77,8 @@ def populate_takes_from_free_memory_exactly(xen: Hypervisor, make: ContractHost)
 @case
 def populate_more_than_the_host_has_gives_it_all_back(xen: Hypervisor, make: ContractHost) -> None:
     make.settle()
-    domid, left = make.domain(), 3 * SUPERPAGE_FRAMES + 7
-    hog = make.domain()  # a pool is the quickest way to take all but a little
-    xen.set_paging_pool_bytes(hog, bytes_of(make.free_pages() - left))
+    domid = make.domain()
+    make.hog(4 * SUPERPAGE_FRAMES)
     before = make.free_pages()
     xen.set_max_pages(domid, 2 * before)
     with raises(OutOfMemory):

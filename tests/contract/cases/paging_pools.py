@@ -62,10 +62,14 @@ def the_pool_is_whole_frames(xen: Hypervisor, make: ContractHost) -> None:
 
 @case
 def a_pool_larger_than_the_host_is_refused(xen: Hypervisor, make: ContractHost) -> None:
+    make.settle()
     domid = make.domain(100)
+    make.hog(4 * SUPERPAGE_FRAMES)
+    before = make.free_pages()
     with raises(HypercallFailed, errno.ENOMEM):
-        xen.set_paging_pool_bytes(domid, bytes_of(make.free_pages() + 20000))
+        xen.set_paging_pool_bytes(domid, bytes_of(before + 20000))
     xen.set_paging_pool_bytes(domid, bytes_of(100))
+    make.wait_free(before, "free pages with the old one")
 
 
 @case

@@ -10,12 +10,14 @@ from xshmd.model import (
     SHUTDOWN_CRASH,
     SHUTDOWN_POWEROFF,
     SHUTDOWN_REBOOT,
+    SHUTDOWN_WATCHDOG,
 )
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId
 
 from ..host import (
     GUEST_GFN,
+    HOLDER_GFN,
     ContractHost,
     equal,
     expect,
@@ -83,3 +85,37 @@ def shutting_down_keeps_the_pages(xen: Hypervisor, make: ContractHost) -> None:
     xen.shut_down(guest, SHUTDOWN_POWEROFF)
     equal(make.tot_pages(holder), 4, "tot_pages")
     equal(xen.unmap(guest, GUEST_GFN, 4), 4, "still mapped")
+
+
+def _shut_down_for(reason: int) -> None:
+    def run(xen: Hypervisor, make: ContractHost) -> None:
+        domid = make.bare()
+        xen.shut_down(domid, reason)
+        info = make.info(domid)
+        expect(info.shut_down and info.paused, "shut down, and paused as before")
+        equal(info.shutdown_reason, reason, "reason")
+
+    run.__name__ = f"a_domain_shuts_down_for_reason_{reason}"
+    case(run)
+
+
+for _reason in (SHUTDOWN_POWEROFF, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG):
+    _shut_down_for(_reason)
+
+
+@case
+def pauses_are_each_domains_own(xen: Hypervisor, make: ContractHost) -> None:
+    one, other = make.bare(), make.bare()
+    xen.shut_down(one, SHUTDOWN_POWEROFF)
+    xen.unpause(one)
+    expect(not make.info(one).paused and make.info(other).paused, "one is, the other is not")
+
+
+@case
+def pausing_does_not_move_memory(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.mapped(2)
+    xen.pause(guest)
+    xen.pause(holder)
+    equal(xen.unmap(guest, GUEST_GFN, 2), 2, "removed")
+    xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, 2)
+    equal(make.tot_pages(holder), 2, "tot_pages")

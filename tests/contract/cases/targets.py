@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import HypercallFailed, PartialMap
+from xshmd.model import Arch
 from xshmd.ports import Hypervisor
-from xshmd.units import Gfn
+from xshmd.units import DomId, Gfn
 
 from ..host import (
     GUEST_GFN,
@@ -84,3 +85,39 @@ def a_targeted_holder_stays_until_its_guest_is_gone(xen: Hypervisor, make: Contr
         make.destroy(guest)
         make.gone(guest)
         make.gone(holder)
+
+
+@case
+def a_target_of_a_target_is_none(xen: Hypervisor, make: ContractHost) -> None:
+    holder, middle = make.pair(1)
+    guest = make.domain()
+    xen.set_target(guest, middle)
+    with raises(PartialMap, errno.EPERM):
+        xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, 1)
+
+
+@case
+def a_chain_of_targets_goes_away(xen: Hypervisor, make: ContractHost) -> None:
+    with make.page_exact():
+        holder, middle = make.mapped(2)
+        guest = make.domain()
+        xen.set_target(guest, middle)
+        for domid in (holder, middle, guest):
+            make.destroy(domid)
+        make.gone(holder)
+        make.gone(middle)
+
+
+@case
+def a_target_may_be_set_while_neither_has_memory(xen: Hypervisor, make: ContractHost) -> None:
+    holder, guest = make.bare(), make.bare()
+    xen.set_target(guest, holder)
+    expect(make.info(guest).paused and make.info(holder).paused, "both as they were")
+
+
+@case
+def dom0_of_x86_is_no_target(xen: Hypervisor, make: ContractHost) -> None:
+    """A PV domain cannot be one; on Arm it could, so that is not tried."""
+    if make.arch is Arch.X86_64:
+        with raises(HypercallFailed, errno.EOPNOTSUPP):
+            xen.set_target(make.bare(), DomId(0))

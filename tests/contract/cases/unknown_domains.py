@@ -17,6 +17,7 @@ from ..host import (
     GUEST_GFN,
     HOLDER_GFN,
     ContractHost,
+    equal,
     raises,
 )
 from ..registry import case
@@ -78,3 +79,19 @@ def populate_of_nobody_fails(xen: Hypervisor, make: ContractHost) -> None:
 def map_pages_of_nobody_fails(xen: Hypervisor, make: ContractHost) -> None:
     with raises(HypercallFailed):
         xen.map_pages(make.unused_domid(), HOLDER_GFN, 1, writable=False)
+
+
+@case
+def nobody_has_frames(xen: Hypervisor, make: ContractHost) -> None:
+    equal(xen.populated_frames(make.unused_domid(), [HOLDER_GFN]), (), "frames")
+
+
+@case
+def nobody_has_pages_to_free(xen: Hypervisor, make: ContractHost) -> None:
+    equal(xen.depopulate(make.unused_domid(), HOLDER_GFN, 2), 0, "freed")
+
+
+@case
+def nobodys_pages_cannot_be_zeroed(xen: Hypervisor, make: ContractHost) -> None:
+    with raises(HypercallFailed):
+        xen.zero(make.unused_domid(), HOLDER_GFN, 1)
