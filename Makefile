@@ -8,7 +8,8 @@ TEST_ARCHES ?= arm64 x86_64
 MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
-.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz mutants sweep differential clean
+.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz mutants sweep crashes \
+	differential clean
 
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
@@ -61,6 +62,13 @@ mutants:
 
 sweep:
 	@set -e; py=$(PY); $(SWEEP) $$py -m pytest tests/test_engine_crash.py tests/test_engine_faults.py
+
+# A share of 1 cuts every first life at every place; a smaller one is a sample of the whole tree.
+CRASH_SECONDS ?= 3600
+CRASH_SHARE ?= 1
+crashes:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m crash_tree --seconds $(CRASH_SECONDS) \
+	--first $(CRASH_SHARE)
 
 differential:
 	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \

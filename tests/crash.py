@@ -217,8 +217,7 @@ class Lives:
     async def run(self) -> None:
         while not self._stopped:
             seen: list[Boundary] = []
-            cut = self._cuts.pop(0) if self._cuts else None
-            guard = Guard(cut, seen)
+            guard = self._guard(seen)
             self.seen.append(seen)
 
             def wrap(life: Life, guard: Guard = guard) -> Life:
@@ -232,6 +231,10 @@ class Lives:
             await self.daemon.ended.wait()
             guard.dead = True
             await trio.sleep(RESTART_S)
+
+    def _guard(self, seen: list[Boundary]) -> Guard:
+        """Return what ends the next life."""
+        return Guard(self._cuts.pop(0) if self._cuts else None, seen)
 
     async def apply(self, *changes: Change) -> None:
         """Have these changes made, asked for again whenever the daemon is cut off in them.

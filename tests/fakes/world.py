@@ -143,6 +143,7 @@ class Daemon:
         except BaseException as escaped:
             self.failure = escaped
             if not world.tolerate(escaped):
+                world.escaped = escaped
                 raise
         finally:
             for mapping in world.xen.open_maps - maps_before:
@@ -180,6 +181,8 @@ class World:
         self.ran: list[tuple[DomId, str]] = []
         """Every start of a domain's vCPUs, and what was wrong with it then (empty: nothing)."""
         self.tolerate: Callable[[BaseException], bool] = lambda escaped: False
+        self.escaped: BaseException | None = None
+        """What ended a daemon, and the test with it."""
         self._nursery = nursery
         token = trio.lowlevel.current_trio_token()
         # Not at once: xenstored hears of it by a virtual interrupt, after the call has returned.

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -118,7 +118,7 @@ class _Watch:
 class Connection:
     """One client's connection; always dom0."""
 
-    def __init__(self, server: FakeXenstored, stream: trio.SocketStream, number: int) -> None:
+    def __init__(self, server: FakeXenstored, stream: Any, number: int) -> None:
         self.number = number
         self.watches: list[_Watch] = []
         self.transactions: dict[int, Transaction] = {}
@@ -550,10 +550,14 @@ class FakeXenstored:
                         stream = await listener.accept()
                     except trio.ClosedResourceError:
                         break
-                    self._nr_connections += 1
-                    connection = Connection(self, stream, self._nr_connections)
-                    self.connections.append(connection)
-                    nursery.start_soon(self._serve, connection)
+                    self.serve(stream, nursery)
+
+    def serve(self, stream: Any, nursery: trio.Nursery) -> None:
+        """Begin to serve what is at the other end of this stream."""
+        self._nr_connections += 1
+        connection = Connection(self, stream, self._nr_connections)
+        self.connections.append(connection)
+        nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: Connection) -> None:
         try:
