@@ -91,7 +91,9 @@ class Branches:
         sys.stdout.flush()
         child = os.fork()
         if child:
+            left = signal.alarm(0)
             _, status = os.waitpid(child, 0)
+            signal.alarm(left)
             if os.waitstatus_to_exitcode(status) < 0:
                 self._fail(f"{what}: ended by signal {-os.waitstatus_to_exitcode(status)}")
             return False
@@ -299,7 +301,6 @@ async def _grow(play: Play, branches: Branches, length: int, mine: Callable[[str
         branches.armed = False
         await play.verify()
         if not branches.cuts and length > 1:
-            signal.alarm(0)  # it waits for all that comes after it
             await _grow(play, branches, length - 1, mine)
         await play.finish()
         branches.end()
