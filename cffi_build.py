@@ -33,8 +33,10 @@ STABLE.cdef(
     typedef struct xencall_handle xencall_handle;
     xencall_handle *xshm_call_open(void);
     int xencall_close(xencall_handle *xcall);
-    void *xencall_alloc_buffer(xencall_handle *xcall, size_t size);
-    void xencall_free_buffer(xencall_handle *xcall, void *p);
+    void *xencall_alloc_buffer_pages(xencall_handle *xcall, size_t nr_pages);
+    void xencall_free_buffer_pages(xencall_handle *xcall, void *p, size_t nr_pages);
+
+    long xshm_xen_version(xencall_handle *call, int subcall, void *memory);
 
     size_t xshm_batch_bytes(uint32_t capacity);
     int xshm_batch_map(xencall_handle *call, void *buffer, uint32_t capacity,
@@ -89,6 +91,15 @@ STABLE.set_source(
     static xenforeignmemory_handle *xshm_foreign_open(void)
     {
         return xenforeignmemory_open(NULL, 0);
+    }
+
+    /* Returns what Xen does, or -errno. */
+    static long xshm_xen_version(xencall_handle *call, int subcall, void *memory)
+    {
+        long rc = xencall2(call, __HYPERVISOR_xen_version, (uint64_t)(unsigned int)subcall,
+                           (uint64_t)(uintptr_t)memory);
+
+        return rc < 0 ? -errno : rc;
     }
 
     static size_t xshm_map_bytes(uint32_t n)

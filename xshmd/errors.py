@@ -113,6 +113,48 @@ class OutOfMemory(XshmError):
     exit_status = EXIT_REFUSED
 
 
+class QuotaExceeded(XshmError):
+    """Somebody would have more of something than one may; ``facts`` have ``limit``."""
+
+    varlink_error = "QuotaExceeded"
+    exit_status = EXIT_REFUSED
+
+
+class OutOfRange(XshmError):
+    """An offset, a length or a reference reaches beyond what it is about."""
+
+    varlink_error = "OutOfRange"
+    exit_status = EXIT_USAGE
+
+
+class NoSuchBuffer(XshmError):
+    """There never was a hypercall buffer of that id."""
+
+    varlink_error = "NoSuchBuffer"
+    exit_status = EXIT_NO_SUCH
+
+
+class AlreadyFreed(XshmError):
+    """The hypercall buffer, or the memory in it, has been freed: a double free, or a late use."""
+
+    varlink_error = "AlreadyFreed"
+    exit_status = EXIT_NO_SUCH
+
+
+class ForeignBuffer(XshmError):
+    """The hypercall buffer is another client's."""
+
+    varlink_error = "ForeignBuffer"
+    exit_status = EXIT_REFUSED
+
+
+class BufferBusy(XshmError):
+    """A hypercall uses the memory at this moment."""
+
+    varlink_error = "BufferBusy"
+    exit_status = EXIT_REFUSED
+
+
 class TimedOut(XshmError):
     """Something outside did not answer or happen in the time allowed for it."""
 

@@ -12,6 +12,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from fakes.hypercalls import SimulatedCalls
 from fakes.machine import CONTROL_DOMAIN, Machine, SimulatedMap
 from fakes.objects import DOMAIN_OVERHEAD_PAGES, Domain, Entry, ModelViolation, Page
 from xshmd.errors import OutOfMemory, PartialMap, XshmError
@@ -52,7 +53,7 @@ READ_ONLY: Final = frozenset(
 """Calls after which the world is as it was."""
 
 
-class SimulatedXen(Machine):
+class SimulatedXen(SimulatedCalls, Machine):
     """The model: what each call of the port does to the machine."""
 
     # -- facts ----------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from xshmd.units import (
     bytes_of,
 )
 from xshmd.xen import _ffi
+from xshmd.xen.buffers import Buffers, Lent, pages_for
+from xshmd.xen.call_memory import CallMemory
 from xshmd.xen.errno_table import failure
 from xshmd.xen.host_ranges import find_host_ranges
 
@@ -90,6 +92,9 @@ class MappedPages:
 class XenHypervisor:
     """Xen, through its own libraries.  Opening it needs root in a control domain.
 
+    Attributes:
+        buffers: This process's hypercall buffers, those of the batches among them.
+
     Synchronization: any thread may call anything; the batches, which share one buffer, take turns.
     Handles do not survive a fork (xencall.h): never fork without exec while one is open.
     """
@@ -106,13 +111,13 @@ class XenHypervisor:
             undo.callback(self._lib.xenforeignmemory_close, self._foreign)
             self._xc = self._opened(self._xlib.xshm_xc_open, self._xffi, "/dev/xen/privcmd")
             undo.callback(self._xlib.xc_interface_close, self._xc)
+            self.buffers = Buffers(CallMemory(self._lib, self._ffi, self._call))
+            undo.callback(self.buffers.close)
+            self._own = self.buffers.owner("xshmd")
             size_bytes = self._lib.xshm_batch_bytes(BATCH_FRAMES)
-            self._buffer = self._lib.xencall_alloc_buffer(self._call, size_bytes)
-            if self._buffer == self._ffi.NULL:
-                raise XenUnavailable(
-                    "no hypercall buffer could be had", hint="dom0 is out of memory"
-                )
-            undo.callback(self._lib.xencall_free_buffer, self._call, self._buffer)
+            self._batch = self._own.alloc_mem(
+                self._own.alloc_buf(pages_for(size_bytes)), size_bytes
+            )
             self._closing.push(undo.pop_all())
 
     @staticmethod
@@ -136,6 +141,12 @@ class XenHypervisor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _batch_buffer(self) -> Iterator[Any]:
+        """Have the batches' memory for one hypercall and what undoes it."""
+        with self._lock, self._own.use(self._batch) as lent:
+            yield self._ffi.cast("void *", lent.address)
 
     # -- the plumbing of a domctl ---------------------------------------------------------------
 
@@ -209,6 +220,17 @@ class XenHypervisor:
             if count < 64:
                 return tuple(found)
             first = found[-1].domid + 1
+
+    def xen_version(self, subcall: int, memory: Lent | None) -> int:
+        """Make the hypercall ``xen_version`` and return what it does (xen/common/kernel.c).
+
+        Whoever calls has checked that the memory is as large as what Xen writes there.
+        """
+        start = self._ffi.cast("void *", memory.address) if memory else self._ffi.NULL
+        rc = self._lib.xshm_xen_version(self._call, subcall, start)
+        if rc < 0:
+            raise failure("xen_version", None, -rc, subcall=subcall)
+        return int(rc)
 
     # -- domains --------------------------------------------------------------------------------
 
@@ -385,16 +407,16 @@ class XenHypervisor:
         error = self._ffi.new("int *")
         for start in range(0, nr_frames, BATCH_FRAMES):
             count = min(BATCH_FRAMES, nr_frames - start)
-            with self._lock:
+            with self._batch_buffer() as buffer:
                 whole = rc = self._lib.xshm_batch_map(
-                    self._call, self._buffer, BATCH_FRAMES, guest, holder,
+                    self._call, buffer, BATCH_FRAMES, guest, holder,
                     first_gfn + start, holder_gfn + start, count, done, bad, error,
                 )  # fmt: skip
                 if rc == 0 and done[0] == count:
                     continue
                 if rc == 0:
                     rc = self._lib.xshm_batch_undo(
-                        self._call, self._buffer, BATCH_FRAMES, guest,
+                        self._call, buffer, BATCH_FRAMES, guest,
                         first_gfn + start, count, self._ffi.new("uint32_t *"),
                     )  # fmt: skip
                     code = error[0]
@@ -421,9 +443,9 @@ class XenHypervisor:
         total = 0
         for start in range(0, nr_frames, BATCH_FRAMES):
             count = min(BATCH_FRAMES, nr_frames - start)
-            with self._lock:
+            with self._batch_buffer() as buffer:
                 rc = self._lib.xshm_batch_remove(
-                    self._call, self._buffer, self._guest_domid(guest),
+                    self._call, buffer, self._guest_domid(guest),
                     first_gfn + start, count, removed, absent, error,
                 )  # fmt: skip
             total += removed[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ..registry import CASES, Case
 from . import (
+    buffers,
     contents,
     crashes,
     ends,
@@ -23,7 +24,7 @@ from . import (
 )
 
 __all__ = [
-    "CASES", "Case", "contents", "crashes", "ends", "fresh_domains", "host_memory", "mappings",
-    "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
+    "CASES", "Case", "buffers", "contents", "crashes", "ends", "fresh_domains", "host_memory",
+    "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
     "unknown_domains", "zombies",
 ]  # fmt: skip
