@@ -53,6 +53,14 @@ STABLE.cdef(
     int xenforeignmemory_close(xenforeignmemory_handle *fmem);
     void *xshm_foreign_map(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
                            uint64_t first_gfn, size_t nr, size_t *nr_bad, int *first_error);
+    void *xshm_foreign_map_frames(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
+                                  const uint64_t *gfns, size_t nr, size_t *nr_bad,
+                                  int *first_error);
+    typedef struct { uint64_t offset, length; } xshm_piece;
+    int64_t xshm_scatter_copy(void *target, uint64_t target_size, const xshm_piece *into,
+                              uint32_t nr_into, const void *source, uint64_t source_size,
+                              const xshm_piece *from, uint32_t nr_from);
+    void xshm_store_count(void *word, uint64_t count);
     int xshm_foreign_probe(xenforeignmemory_handle *fmem, uint32_t domid,
                            const uint64_t *gfns, size_t nr, uint8_t *present);
     int xenforeignmemory_unmap(xenforeignmemory_handle *fmem, void *addr, size_t pages);
@@ -81,6 +89,8 @@ STABLE.set_source(
     #define XSHM_MULTICALL 512
     #define XSHM_ALIGN(n) (((n) + 15) & ~(size_t)15)
     #define XSHM_POISON INT_MAX   /* no errno: an entry Xen did not write is an error, not a 0 */
+
+    typedef struct { uint64_t offset, length; } xshm_piece;
 
     struct xshm_remove_buffer {
         multicall_entry_t calls[XSHM_MULTICALL];
@@ -243,23 +253,24 @@ STABLE.set_source(
         return error ? -error : 0;
     }
 
-    static void *xshm_foreign_map(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
-                                  uint64_t first_gfn, size_t nr, size_t *nr_bad, int *first_error)
+    static void *xshm_foreign_map_frames(xenforeignmemory_handle *fmem, uint32_t domid,
+                                         int writable, const uint64_t *gfns, size_t nr,
+                                         size_t *nr_bad, int *first_error)
     {
-        xen_pfn_t *gfns = calloc(nr, sizeof *gfns);
+        xen_pfn_t *frames = calloc(nr, sizeof *frames);
         int *errs = calloc(nr, sizeof *errs);
         void *map = NULL;
         size_t i;
 
         *nr_bad = 0; *first_error = 0;
-        if ( !gfns || !errs ) {
+        if ( !frames || !errs ) {
             *first_error = ENOMEM;
             goto out;
         }
         for ( i = 0; i < nr; i++ )
-            gfns[i] = first_gfn + i;
+            frames[i] = gfns[i];
         map = xenforeignmemory_map(fmem, domid, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-                                   nr, gfns, errs);
+                                   nr, frames, errs);
         if ( !map )
             *first_error = errno;
         for ( i = 0; map && i < nr; i++ )
@@ -269,8 +280,73 @@ STABLE.set_source(
                     *first_error = abs(errs[i]);
             }
     out:
-        free(gfns); free(errs);
+        free(frames); free(errs);
         return map;
+    }
+
+    static void *xshm_foreign_map(xenforeignmemory_handle *fmem, uint32_t domid, int writable,
+                                  uint64_t first_gfn, size_t nr, size_t *nr_bad, int *first_error)
+    {
+        uint64_t *gfns = calloc(nr, sizeof *gfns);
+        void *map;
+        size_t i;
+
+        *nr_bad = 0; *first_error = ENOMEM;
+        if ( !gfns )
+            return NULL;
+        for ( i = 0; i < nr; i++ )
+            gfns[i] = first_gfn + i;
+        map = xshm_foreign_map_frames(fmem, domid, writable, gfns, nr, nr_bad, first_error);
+        free(gfns);
+        return map;
+    }
+
+    static int xshm_outside(const xshm_piece *pieces, uint32_t nr, uint64_t size)
+    {
+        uint32_t i;
+
+        for ( i = 0; i < nr; i++ )
+            if ( pieces[i].length > size || pieces[i].offset > size - pieces[i].length )
+                return 1;
+        return 0;
+    }
+
+    /* Copies until either list ends.  Returns the bytes, or -ERANGE, and then nothing is copied, if
+     * a piece is not in its memory: others have checked that, but none so near to the copy. */
+    static int64_t xshm_scatter_copy(void *target, uint64_t target_size, const xshm_piece *into,
+                                     uint32_t nr_into, const void *source, uint64_t source_size,
+                                     const xshm_piece *from, uint32_t nr_from)
+    {
+        uint64_t done_into = 0, done_from = 0, total = 0;
+        uint32_t i = 0, j = 0;
+
+        if ( xshm_outside(into, nr_into, target_size) || xshm_outside(from, nr_from, source_size) )
+            return -ERANGE;
+        while ( i < nr_into && j < nr_from ) {
+            uint64_t room = into[i].length - done_into, rest = from[j].length - done_from;
+            uint64_t n = room < rest ? room : rest;
+
+            memcpy((char *)target + into[i].offset + done_into,
+                   (const char *)source + from[j].offset + done_from, n);
+            total += n;
+            done_into += n;
+            done_from += n;
+            if ( done_into == into[i].length ) {
+                i++;
+                done_into = 0;
+            }
+            if ( done_from == from[j].length ) {
+                j++;
+                done_from = 0;
+            }
+        }
+        return (int64_t)total;
+    }
+
+    /* Who sees the count sees all that was copied before it. */
+    static void xshm_store_count(void *word, uint64_t count)
+    {
+        __atomic_store_n((uint64_t *)word, count, __ATOMIC_RELEASE);
     }
 
     /* present[i] = whether dom0 can map gfns[i] of the domain.  Returns 0 or -errno. */

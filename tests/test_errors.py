@@ -30,6 +30,8 @@ EXIT_STATUS = {
     "AlreadyFreed": 4,
     "ForeignBuffer": 5,
     "BufferBusy": 5,
+    "NoSuchList": 4,
+    "ListCancelled": 5,
     "TimedOut": 1,
     "XenUnavailable": 6,
     "HypercallFailed": 1,

@@ -155,6 +155,20 @@ class BufferBusy(XshmError):
     exit_status = EXIT_REFUSED
 
 
+class NoSuchList(XshmError):
+    """No list of that id, or for that purpose, is posted (any more)."""
+
+    varlink_error = "NoSuchList"
+    exit_status = EXIT_NO_SUCH
+
+
+class ListCancelled(XshmError):
+    """A list ended without a transfer: it was unregistered, or its guest left the region."""
+
+    varlink_error = "ListCancelled"
+    exit_status = EXIT_REFUSED
+
+
 class TimedOut(XshmError):
     """Something outside did not answer or happen in the time allowed for it."""
 

@@ -28,6 +28,7 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
+from xshmd.ranges import ByteRange, Part
 from xshmd.units import DomId, Gfn, Mfn
 
 T = TypeVar("T")
@@ -126,6 +127,31 @@ class Hypervisor(Protocol):
     def map_pages(
         self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool
     ) -> PageMap: ...
+
+    def copy_ranges(
+        self,
+        domid: DomId,
+        source: Sequence[ByteRange],
+        target: Sequence[ByteRange],
+        *,
+        count_at: int | None = None,
+    ) -> int:
+        """Copy bytes of a domain to others of it, the lists taken one after the other.
+
+        No byte but those of ``target`` (and the count) is written; if any frame is not there, none
+        is.  Ranges are guest-physical addresses, and no byte is named twice.
+
+        Args:
+            domid: Whose memory it is.
+            source: What is copied.
+            target: Where it goes.
+            count_at: Address of an aligned 64-bit little-endian word that then gets the number of
+                bytes, after all of them are there.
+
+        Returns:
+            How many bytes: those of the shorter of the two lists.
+        """
+        ...
 
     def host_ranges(self) -> tuple[HostRange, ...]:
         """Return which of the machine's frames dom0 knows to be no one's RAM, and what they are.
@@ -384,5 +410,31 @@ class RegionsApi(Protocol):
         """Return counters since the daemon's start, by name; names are part of the contract.
 
         ``last_reload_at`` is in seconds since the epoch, and 0 if there was no reload.
+        """
+        ...
+
+
+class PartCopier(Protocol):
+    """dom0 as the mediator of guests that share a region and not all of it."""
+
+    async def copy_parts(
+        self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
+    ) -> int:
+        """Copy bytes of a region from one of its guests' part of it to another's.
+
+        Args:
+            region_id: The region.
+            source: What is copied.
+            target: Where it goes; its guest must have the region to write.
+            count_at: An aligned 64-bit little-endian word that then gets the number of bytes.
+
+        Returns:
+            How many bytes: those of the shorter of the two.
+
+        Raises:
+            NoSuchRegion, NoSuchGuest: it, or a guest's part in it, is not there (any more).
+            UsageError, OutOfRange, Conflict: the ranges are too many, not in the guest's part, or
+                overlap.
+            Refused: the target's guest may only read, or the region is the host's memory.
         """
         ...

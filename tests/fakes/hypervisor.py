@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from fakes.hypercalls import SimulatedCalls
-from fakes.machine import CONTROL_DOMAIN, Machine, SimulatedMap
+from fakes.machine import CONTROL_DOMAIN, SimulatedMap
 from fakes.objects import DOMAIN_OVERHEAD_PAGES, Domain, Entry, ModelViolation, Page
+from fakes.scatter import SimulatedCopies
 from xshmd.errors import OutOfMemory, PartialMap, XshmError
 from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.units import (
@@ -53,7 +54,7 @@ READ_ONLY: Final = frozenset(
 """Calls after which the world is as it was."""
 
 
-class SimulatedXen(SimulatedCalls, Machine):
+class SimulatedXen(SimulatedCalls, SimulatedCopies):
     """The model: what each call of the port does to the machine."""
 
     # -- facts ----------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ import trio
 from xshmd import __version__
 from xshmd.config.finder import Finder
 from xshmd.daemon import audit
+from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.journal import Journal
+from xshmd.daemon.list_methods import ListMethods
 from xshmd.daemon.metrics import Exporter
 from xshmd.daemon.sdnotify import Notifier
 from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XshmError
+from xshmd.share.scatter import Scatter
 from xshmd.varlink import server
 from xshmd.xen.hypervisor import XenHypervisor
 from xshmd.xen.libxl_lock import LibxlCreationLock
@@ -75,7 +78,10 @@ async def run(settings: Settings) -> None:
                 await nursery.start(audit.run, engine)
                 await nursery.start(engine.run)
                 listener = server.open_listener(settings.socket_path)
-                served = dispatcher(audit.AuditedRegions(engine))
+                scatter, buffers = Scatter(engine, engine), BufferMethods(xen)
+                await nursery.start(scatter.run)
+                await nursery.start(buffers.run)
+                served = dispatcher(audit.AuditedRegions(engine), ListMethods(scatter), buffers)
                 await nursery.start(server.serve, listener, served)
                 if settings.metrics_path is not None:
                     nursery.start_soon(Exporter(engine, settings.metrics_path).run)

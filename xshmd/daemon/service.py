@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -48,11 +48,19 @@ MAX_WAIT_S: Final = 3600
 MAX_MONITOR_S: Final = 86400
 
 
-def dispatcher(api: RegionsApi) -> Dispatcher:
-    """Return what answers the daemon's clients."""
-    service = RegionsService(api)
+class MethodTable(Protocol):
+    """Answers some methods of the interface."""
+
+    def methods(self) -> dict[str, Method | Stream]: ...
+
+
+def dispatcher(api: RegionsApi, *others: MethodTable) -> Dispatcher:
+    """Return what answers the daemon's clients: about regions from ``api``, and about the rest."""
+    methods = RegionsService(api).methods()
+    for other in others:
+        methods |= other.methods()
     return Dispatcher(
-        [Implementation(interface=idl.load(INTERFACE), methods=service.methods())],
+        [Implementation(interface=idl.load(INTERFACE), methods=methods)],
         vendor="xshmd",
         product="xshmd",
         version=__version__,
@@ -61,7 +69,7 @@ def dispatcher(api: RegionsApi) -> Dispatcher:
 
 
 class RegionsService:
-    """Answers every method of the interface from one ``RegionsApi``."""
+    """Answers every method about regions and guests from one ``RegionsApi``."""
 
     def __init__(self, api: RegionsApi) -> None:
         self._api = api

@@ -51,6 +51,16 @@ class Access:
 
     def _find(self, region_id: str, offset_bytes: int, nr_bytes: int) -> tuple[DomId, int]:
         """Return the domain to map, and the byte of it at which the part begins."""
+        region, domid = self.find(region_id)
+        _check_bounds(region, offset_bytes, nr_bytes)
+        return domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
+
+    def find(self, region_id: str) -> tuple[Region, DomId]:
+        """Return a region that dom0 may touch now, and the domain that has its pages.
+
+        Raises:
+            NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be touched.
+        """
         region = self._ledger.region(region_id)
         if region is None:
             raise NoSuchRegion(
@@ -58,7 +68,6 @@ class Access:
                 hint="xshmctl list shows those there are",
                 id=region_id,
             )
-        _check_bounds(region, offset_bytes, nr_bytes)
         if region.terms.backing is not Backing.HOLDER:
             raise Refused(
                 f"region {region_id} is memory of the host, which xshmd itself does not touch",
@@ -73,7 +82,7 @@ class Access:
                 id=region_id,
             )
         self._holders.verify(holder)
-        return holder.domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
+        return region, holder.domid
 
     def _read_now(self, domid: DomId, start: int, nr_bytes: int) -> bytes:
         first_gfn, skip, nr_frames = _frames(start, nr_bytes)

@@ -19,6 +19,7 @@ import trio
 from xshmd.engine import identity
 from xshmd.engine.access import Access
 from xshmd.engine.changes import Changes
+from xshmd.engine.copies import Copies
 from xshmd.engine.desired import Desired
 from xshmd.engine.ends import Ends
 from xshmd.engine.events import EventHub
@@ -56,6 +57,7 @@ from xshmd.model import (
 )
 from xshmd.policy.changes import ChangePlan
 from xshmd.ports import Clock, ConfigFinder, CreationLock, Hypervisor, Store
+from xshmd.ranges import Part
 from xshmd.units import DomId
 
 log = structlog.get_logger()
@@ -72,7 +74,7 @@ LEFTOVERS_S: Final = (3.0, 15.0)
 
 
 class Reconciler:
-    """The engine.  Implements :class:`~xshmd.ports.RegionsApi`."""
+    """The engine.  Implements :class:`~xshmd.ports.RegionsApi` and ``PartCopier``."""
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class Reconciler:
         )
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
         self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
+        self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, access=self._access)
         self._ends = Ends(
             store=store, clock=clock, ledger=ledger, holders=holders, gate=gate,
             changes=self._changes, hub=hub, options=options,
@@ -348,6 +351,11 @@ class Reconciler:
         self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
     ) -> None:
         await self._ask(lambda: self._access.write(region_id, offset_bytes, data, dry_run=dry_run))
+
+    async def copy_parts(
+        self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
+    ) -> int:
+        return await self._ask(lambda: self._copies.copy(region_id, source, target, count_at))
 
     async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
         return await self._ask(lambda: self._apply(tuple(changes), dry_run=dry_run))

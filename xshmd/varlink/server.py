@@ -25,6 +25,7 @@ import trio
 
 from xshmd.errors import Conflict, Refused
 from xshmd.varlink import wire
+from xshmd.varlink.caller import Caller, peer_pidfd
 from xshmd.varlink.dispatch import Dispatcher, permission_denied
 from xshmd.varlink.wire import Call, ProtocolViolation, Reply
 
@@ -89,7 +90,9 @@ class _Server:
                     if not admitted:
                         log.warning("connection refused, too many", uid=uid)
                         return
-                    await _Connection(stream, uid, self._dispatcher, self._limits).run()
+                    client = Caller(pid, lambda: peer_pidfd(stream.socket, pid))
+                    with client.serving():
+                        await _Connection(stream, uid, self._dispatcher, self._limits).run()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("client went away")
         except Exception:

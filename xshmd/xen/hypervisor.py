@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable
 from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
+from xshmd.ranges import ByteRange
 from xshmd.units import (
     DOMID_FIRST_RESERVED,
     PAGE_SIZE,
@@ -35,6 +36,7 @@ from xshmd.xen.buffers import Buffers, Lent, pages_for
 from xshmd.xen.call_memory import CallMemory
 from xshmd.xen.errno_table import failure
 from xshmd.xen.host_ranges import find_host_ranges
+from xshmd.xen.scatter_copy import Binding, copy_ranges
 
 BATCH_FRAMES: Final = 16384
 """Frames per mapping hypercall: cost per frame is flat from 256 on, the count ends at 65535."""
@@ -387,6 +389,17 @@ class XenHypervisor:
             pages.close()
             raise failure("xenforeignmemory_map", domid, error[0], first_gfn=first_gfn)
         return pages
+
+    def copy_ranges(
+        self,
+        domid: DomId,
+        source: Sequence[ByteRange],
+        target: Sequence[ByteRange],
+        *,
+        count_at: int | None = None,
+    ) -> int:
+        binding = Binding(self._lib, self._ffi, self._foreign)
+        return copy_ranges(binding, self._guest_domid(domid), source, target, count_at)
 
     def populated_frames(self, domid: DomId, gfns: Sequence[Gfn]) -> tuple[Gfn, ...]:
         present = self._ffi.new("uint8_t[]", len(gfns))

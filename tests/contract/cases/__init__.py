@@ -16,6 +16,7 @@ from . import (
     pages,
     paging_pools,
     pauses,
+    scatter,
     seals,
     tables,
     targets,
@@ -24,7 +25,23 @@ from . import (
 )
 
 __all__ = [
-    "CASES", "Case", "buffers", "contents", "crashes", "ends", "fresh_domains", "host_memory",
-    "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
-    "unknown_domains", "zombies",
-]  # fmt: skip
+    "CASES",
+    "Case",
+    "buffers",
+    "contents",
+    "crashes",
+    "ends",
+    "fresh_domains",
+    "host_memory",
+    "mappings",
+    "memory_maps",
+    "pages",
+    "paging_pools",
+    "pauses",
+    "scatter",
+    "seals",
+    "tables",
+    "targets",
+    "unknown_domains",
+    "zombies",
+]

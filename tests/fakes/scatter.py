@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A model of copies within a domain: all frames are there, or nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fakes.machine import Machine
+from fakes.objects import Page
+from xshmd.ranges import ByteRange
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
+
+
+class SimulatedCopies(Machine):
+    """What :meth:`xshmd.ports.Hypervisor.copy_ranges` does to the machine's pages."""
+
+    def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
+        raise NotImplementedError
+
+    def copy_ranges(
+        self,
+        domid: DomId,
+        source: Sequence[ByteRange],
+        target: Sequence[ByteRange],
+        *,
+        count_at: int | None = None,
+    ) -> int:
+        with self._call("copy_ranges", domid, tuple(source), tuple(target), count_at):
+            word = [] if count_at is None else [ByteRange(count_at, 8)]
+            into, out_of, count = (
+                list(self._bytes(domid, ranges)) for ranges in (target, source, word)
+            )
+            copied = 0
+            for (to_page, to_at), (from_page, from_at) in zip(into, out_of, strict=False):
+                to_page.write(to_at, from_page.read(from_at, 1))
+                copied += 1
+            for (page, at), value in zip(count, copied.to_bytes(8, "little"), strict=False):
+                page.write(at, bytes([value]))
+            return copied
+
+    def _bytes(self, domid: DomId, ranges: Sequence[ByteRange]) -> Iterator[tuple[Page, int]]:
+        """Yield where each byte of the ranges is; a frame that is not there fails as a map does."""
+        for each in ranges:
+            first = each.offset_bytes >> PAGE_SHIFT
+            nr_frames = -(-each.end // PAGE_SIZE) - first
+            pages = self._mappable(domid, Gfn(first), nr_frames)
+            for address in range(each.offset_bytes, each.end):
+                yield pages[(address >> PAGE_SHIFT) - first], address % PAGE_SIZE

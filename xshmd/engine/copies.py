@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""dom0 copies between guests' parts of a region: who has what is looked up in the same breath.
+
+It happens in the reconciler's loop, like every access of dom0's: no guest leaves and no region is
+freed between the look and the copy.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xshmd.engine.access import Access
+from xshmd.engine.ledger import Ledger
+from xshmd.engine.xen_worker import XenWorker
+from xshmd.errors import NoSuchGuest, OutOfRange, Refused
+from xshmd.model import GuestState, Prot, Region
+from xshmd.ports import Hypervisor
+from xshmd.ranges import ByteRange, Part, check_apart, check_list
+from xshmd.units import PAGE_SHIFT, bytes_of
+
+WORD_BYTES: Final = 8
+
+
+class Copies:
+    """Implements :class:`xshmd.ports.PartCopier`.  Used by the reconciler alone."""
+
+    def __init__(
+        self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, access: Access
+    ) -> None:
+        self._xen, self._worker, self._ledger, self._access = xen, worker, ledger, access
+
+    async def copy(self, region_id: str, source: Part, target: Part, count_at: Part | None) -> int:
+        """Do as :meth:`xshmd.ports.PartCopier.copy_parts`."""
+        region, domid = self._access.find(region_id)
+        from_ranges = self._ranges(region, source, writes=False)
+        to_ranges = self._ranges(region, target, writes=True)
+        count: list[ByteRange] = []
+        if count_at is not None:
+            count = self._ranges(region, count_at, writes=True)
+            if len(count) != 1 or count[0].nr_bytes != WORD_BYTES or count[0].offset_bytes % 8:
+                raise OutOfRange(f"the count of a list is one aligned word of {WORD_BYTES} bytes")
+        check_apart(from_ranges, to_ranges, count)
+        start = region.holder_first_gfn << PAGE_SHIFT
+        return await self._worker.run(
+            lambda: self._xen.copy_ranges(
+                domid,
+                [each.moved(start) for each in from_ranges],
+                [each.moved(start) for each in to_ranges],
+                count_at=start + count[0].offset_bytes if count else None,
+            )
+        )
+
+    def _ranges(self, region: Region, part: Part, *, writes: bool) -> list[ByteRange]:
+        """Return the ranges as those of the region, if they are the guest's to name."""
+        if not part.generation:
+            check_list(part.ranges, region.size_bytes, f"region {region.region_id}")
+            return list(part.ranges)
+        guest = self._ledger.guest(part.generation)
+        request = next(
+            (each for each in guest.requests if each.region_id == region.region_id)
+            if guest is not None and guest.state is GuestState.ATTACHED
+            else iter(()),
+            None,
+        )
+        if request is None:
+            raise NoSuchGuest(
+                f"guest {part.guest} has no part in region {region.region_id} (any more)",
+                hint="xshmctl show says who has one",
+                guest=part.guest,
+                region=region.region_id,
+            )
+        if writes and request.prot is not Prot.RW:
+            raise Refused(
+                f"guest {part.guest} may only read region {region.region_id}, so nothing is "
+                "written there at its word",
+                hint="have it write into a region that it has rw",
+                guest=part.guest,
+                region=region.region_id,
+            )
+        what = f"what guest {part.guest} has of region {region.region_id}"
+        check_list(part.ranges, bytes_of(request.nr_frames), what)
+        return [each.moved(bytes_of(request.offset_frames)) for each in part.ranges]
