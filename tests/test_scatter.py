@@ -14,7 +14,10 @@ import pytest
 import trio
 from fakes.toolstack import Made
 from fakes.world import Daemon, World, world
+from fuzz.targets import CORPUS
+from scatter_words import START, Toy, bytes_of_part
 from trio.testing import MockClock
+from varlink_fakes import FakeRegions, NoCopier
 
 from xshmd.errors import (
     Conflict,
@@ -36,8 +39,9 @@ from xshmd.model import (
     Prot,
     ProtEnforcement,
     RemoveRegion,
+    Snapshot,
 )
-from xshmd.ranges import ByteRange
+from xshmd.ranges import ByteRange, Part
 from xshmd.share import lists
 from xshmd.share.lists import Direction
 from xshmd.share.scatter import Scatter
@@ -254,6 +258,12 @@ async def test_a_guest_that_may_only_read_has_nothing_written(autojump_clock: Mo
         scatter.register("r", "w", OUT, one(0, 1))
         with pytest.raises(Refused):
             await scatter.transfer("r", "ro", "w", IN, one(0, 1))
+        whole = Part(guest="", generation="", ranges=(ByteRange(0, 1),))
+        (life,) = (each.generation for each in daemon.engine.snapshot().guests if each.name == "ro")
+        with pytest.raises(Refused):
+            await daemon.engine.copy_parts(
+                "r", whole, Part(guest="ro", generation=life, ranges=(ByteRange(0, 1),))
+            )
         scatter.register("r", "w", IN, one(8, 1))
         assert await scatter.transfer("r", "ro", "w", OUT, one(0, 1)) == 1
         nursery.cancel_scope.cancel()
@@ -261,7 +271,7 @@ async def test_a_guest_that_may_only_read_has_nothing_written(autojump_clock: Mo
             await running.tools.destroy(each)
 
 
-@pytest.mark.parametrize("how", ["destroy", "detach", "reboot", "remove"])
+@pytest.mark.parametrize("how", ["destroy", "detach", "reboot", "remove", "holder"])
 async def test_a_list_ends_with_its_guests_part(autojump_clock: MockClock, how: str) -> None:
     async with hosted() as host, trio.open_nursery() as nursery:
         scatter, engine = host.scatter, host.daemon.engine
@@ -286,14 +296,60 @@ async def test_a_list_ends_with_its_guests_part(autojump_clock: MockClock, how: 
                 await host.world.tools.destroy(host.made.pop("b"))
             case "remove":
                 await engine.apply([RemoveRegion(region_id="r", force=True)])
+            case "holder":
+                host.world.xen.destroy(host.world.holders()[0])
+                await host.world.tools.destroy(host.made.pop("system"))  # who is looked at
         await host.world.until(lambda: bool(told))
-        if how != "remove":
+        if how in ("destroy", "detach", "reboot"):
             assert told == [f"list {posted} is cancelled: guest b left region r"]
             assert [each.list_id for each in scatter.lists()] == [other]
             with pytest.raises((NoSuchGuest, NoSuchList)):
                 await scatter.transfer("r", "a", "b", OUT, one(0, 1))
         else:
             assert scatter.lists() == ()
+
+
+async def test_the_engine_itself_lets_nobody_copy_what_is_not_his(
+    autojump_clock: MockClock,
+) -> None:
+    async with hosted() as host:
+        engine = host.daemon.engine
+        lives = {guest.name: guest.generation for guest in engine.snapshot().guests}
+
+        def part(name: str, *ranges: ByteRange) -> Part:
+            return Part(guest=name, generation=lives.get(name, name), ranges=ranges)
+
+        mine, his = part("a", ByteRange(0, 8)), part("b", ByteRange(0, 8))
+        beyond = part("b", ByteRange(PART - 4, 8))
+        for source, target, count in (
+            (mine, beyond, None),
+            (beyond, mine, None),
+            (mine, his, part("b", ByteRange(PART, 8))),
+            (mine, his, part("b", ByteRange(20, 8))),
+            (mine, his, part("b", ByteRange(16, 16))),
+            (mine, his, part("b", ByteRange(16, 8), ByteRange(32, 8))),
+        ):
+            with pytest.raises(OutOfRange):
+                await engine.copy_parts("r", source, target, count_at=count)
+        with pytest.raises(NoSuchGuest):
+            await engine.copy_parts("r", part("nobody", ByteRange(0, 8)), his)
+        with pytest.raises(NoSuchRegion):
+            await engine.copy_parts("x", mine, his)
+        assert "copy_ranges" not in host.world.xen.counts
+        assert await engine.copy_parts("r", mine, his, count_at=part("b", ByteRange(16, 8))) == 8
+
+
+async def test_what_was_missed_by_a_slow_reader_is_made_up_for(autojump_clock: MockClock) -> None:
+    api = FakeRegions()
+    scatter = Scatter(api, NoCopier())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(scatter.run)
+        posted = scatter.register("r0", "ctl", IN, one(0, 8))
+        api.now = Snapshot(regions=api.now.regions)
+        api.monitors[0].close()
+        with pytest.raises(ListCancelled, match="guest ctl left region r0"):
+            await scatter.wait(posted, 100)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_guest_that_left_and_came_back_posted_nothing(autojump_clock: MockClock) -> None:
@@ -413,3 +469,23 @@ async def test_what_is_not_there(
             await host.scatter.transfer(region, "a", guest, OUT, one(0, 1))
         with pytest.raises(UsageError):
             host.scatter.register("r", "a", IN, [])
+
+
+@pytest.mark.parametrize(
+    ("said", "moved"),
+    [("exchange", 5099), ("fetch", 4177), ("leave", 64), ("read-only", 4160), ("beyond", 0)],
+)
+def test_what_strangers_ask_for_is_really_played(said: str, moved: int) -> None:
+    """The fuzzer's corpus, of which each input is to reach what it is named after."""
+    assert Toy().play((CORPUS / "scatter" / said).read_bytes()) == moved
+
+
+def test_the_toys_memory_notices_a_stranger() -> None:
+    toy = Toy()
+    toy.memory.may_read, toy.memory.may_write = bytes_of_part("a"), [bytes_of_part("b")]
+    inside, outside = ByteRange(START + bytes_of(2), 8), ByteRange(START + bytes_of(2) - 1, 8)
+    own = ByteRange(START, 8)
+    assert toy.memory.copy_ranges(DomId(1), [own], [inside]) == 8
+    for source, target in ((own, outside), (inside, inside)):
+        with pytest.raises(AssertionError):
+            toy.memory.copy_ranges(DomId(1), [source], [target])

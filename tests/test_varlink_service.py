@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 from fakes.hypercalls import SimulatedCalls
-from varlink_fakes import BORROWER, OWNER, SNAPSHOT, FakeRegions
+from varlink_fakes import BORROWER, OWNER, SNAPSHOT, FakeRegions, NoCopier
 
 from xshmd.daemon import service
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import Refused
 from xshmd.model import GuestState, GuestType
-from xshmd.ports import PartCopier
-from xshmd.ranges import Part
 from xshmd.share.scatter import Scatter
 from xshmd.units import Gfn
 from xshmd.varlink import idl
@@ -29,13 +27,6 @@ type = "pvh"
 memory = 16
 static_shm = [ "id=r0, begin=0x38000000, size=0x100000, role=owner" ]
 """
-
-
-class NoCopier(PartCopier):
-    async def copy_parts(
-        self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
-    ) -> int:
-        raise NotImplementedError
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
-from xshmd.ports import RegionsApi
+from xshmd.ports import PartCopier, RegionsApi
+from xshmd.ranges import Part
 from xshmd.units import DomId, Gfn
 from xshmd.varlink.server import Limits, open_listener, serve
 
@@ -195,6 +196,15 @@ class FakeRegions(RegionsApi):
 
     def statistics(self) -> Mapping[str, int]:
         return self.figures
+
+
+class NoCopier(PartCopier):
+    """Copies nothing: for tests in which nothing is to be copied."""
+
+    async def copy_parts(
+        self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
+    ) -> int:
+        raise NotImplementedError
 
 
 def limits() -> Limits:

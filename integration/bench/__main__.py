@@ -32,9 +32,13 @@ from integration.toolroot import ToolError
 HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
-PHASES: Final = ("map", "creates", "restarts", "client", "counts", "linux")
+PHASES: Final = ("map", "scatter", "creates", "restarts", "client", "counts", "linux")
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 LIBRARIES: Final = ("xencall", "xenforeignmemory")
+
+SCATTER: Final = "scatter_in_dom0.py"
+SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
+"""Bandwidth of a copy by lists, of memcpy's."""
 
 Row = tuple[str, str, str]
 
@@ -63,7 +67,7 @@ def measure(
 ) -> Iterator[None]:
     """Run the phases in dom0; yields after each, as they take minutes."""
     dom0 = machine.dom0
-    for name in ("in_dom0.py", "counted_daemon.py"):
+    for name in ("in_dom0.py", "counted_daemon.py", SCATTER):
         dom0.put(f"{IN_DOM0}/{name}", (HERE / name).read_bytes(), mode=0o755)
     fewer = min(pairs, max(10, pairs * 2 // 3))
     calls: dict[str, tuple[str, list[int]]] = {
@@ -77,19 +81,27 @@ def measure(
     result["versions"] |= ask(machine, "versions", [])
     for phase in phases:
         with step(f"measuring {phase}"):
-            result[phase] = ask(machine, *calls[phase])
+            if phase == "scatter":
+                result[phase] = run(machine, SCATTER, pairs)
+            else:
+                result[phase] = ask(machine, *calls[phase])
         yield
 
 
 def ask(machine: Machine, verb: str, numbers: list[int]) -> dict[str, Any]:
     """Run one verb of in_dom0.py."""
+    return run(machine, "in_dom0.py", verb, *numbers)
+
+
+def run(machine: Machine, program: str, *arguments: str | int) -> dict[str, Any]:
+    """Run a program in dom0; what it found."""
 
     def keep(stream: int, data: bytes) -> None:
         if stream == 2:
             with (machine.artefacts / "progress.log").open("ab") as file:
                 file.write(data)
 
-    words = ["python3", "-I", f"{IN_DOM0}/in_dom0.py", verb, *map(str, numbers)]
+    words = ["python3", "-I", f"{IN_DOM0}/{program}", *map(str, arguments)]
     done = machine.dom0.run(words, timeout_s=TIME_LIMIT_S, on_output=keep)
     found: dict[str, Any] = json.loads(done.text.splitlines()[-1])
     return found
@@ -103,6 +115,8 @@ def report(result: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     if "map" in result:
         rows += report_map(result["map"])
+    if "scatter" in result:
+        rows += report_scatter(result["scatter"])
     if "creates" in result:
         rows += report_creates(result["creates"]["baremetal"], "bare metal")
     if "linux" in result:
@@ -150,6 +164,22 @@ def report_map(found: dict[str, Any]) -> list[Row]:
         (f"unmap / single removes in C, {singles} frames", singly, "<= 0.125"),
         ("pages not back after all of it", str(found["pages_not_back"]), "0"),
     ]
+
+
+def report_scatter(found: dict[str, Any]) -> list[Row]:
+    """Bandwidth, which is the seconds of memcpy by those of the copy."""
+    rows, series = [], found["series"]
+    for name, (_, number) in found["segments"].items():
+        for kind, what, aim in (
+            ("copy", "bandwidth of a list copied", f">= {SCATTER_AIMS[name]}"),
+            ("whole", "  the same with its mapping", ""),
+        ):
+            plain, ours = series[f"{name} memcpy"], series[f"{name} {kind}"]
+            medians = [statistics.median(figures) * 1e6 for figures in (plain, ours)]
+            text = f"{ratio(plain, ours)}  best {min(plain) / min(ours):.3f}"
+            text += f"  ({medians[0]:.0f} / {medians[1]:.0f} us)"
+            rows.append((f"{what} / memcpy, {number} x {name}", text, aim))
+    return rows
 
 
 def report_creates(series: dict[str, list[float]], kind: str) -> list[Row]:

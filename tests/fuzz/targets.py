@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from scatter_words import Toy
+
 from xshmd.config import static_shm, xlcfg
 from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
@@ -205,6 +207,11 @@ def varlink_idl(data: bytes) -> None:
         idl.parse(data.decode("latin-1"))
 
 
+def scatter(data: bytes) -> None:
+    """Lists and transfers that strangers ask for: whose bytes they are is watched by the memory."""
+    Toy().play(data)
+
+
 TARGETS: Final = {
     target.name: target
     for target in (
@@ -250,6 +257,13 @@ TARGETS: Final = {
             words=_words("""{ } [ ] : , "method" "parameters" "more" "oneway" "upgrade" "error"
                 "continues" "io.xshmd.Regions.ListRegions" "io.xshmd.Regions.Apply" true null
                 \\ud800 \\u0000 1e400 -0"""),
+        ),
+        Target(
+            name="scatter", run=scatter,
+            words=(
+                b"\x01\x04", b"\x16\x48", b"\xff" * 8, b"\0\0\0\0\0\0\0\x80",
+                b"\0\x20\0\0\0\0\0\0", b"\x08\0\0\0\0\0\0\0",
+            ),
         ),
         Target(name="varlink-stream", run=varlink_stream, words=(b"\0", b"{}\0", b"x" * 1024)),
         Target(
