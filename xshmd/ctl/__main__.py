@@ -96,6 +96,10 @@ def _run(options: Any) -> int:
             from xshmd.ctl import transfer
 
             return transfer.run(options)
+        case "hexdump":
+            from xshmd.ctl import hexdump
+
+            return hexdump.run(options)
         case "help":
             return _help(options)
         case _:

@@ -232,5 +232,6 @@ _ADDERS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "wait": _add_wait,
     "dump": _add_dump,
     "load": _add_load,
+    "hexdump": _add_dump,
     "help": _add_help,
 }

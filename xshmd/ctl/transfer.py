@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 from xshmd import errors
@@ -22,13 +23,7 @@ _PROGRESS_S: Final = 0.5
 def run(options: Any) -> int:
     """Copy the bytes."""
     with Client(options.socket) as client:
-        size_bytes = client.call("ShowRegion", id=options.id)["region"]["sizeBytes"]
-        if options.offset > size_bytes:
-            raise errors.UsageError(
-                f"region {options.id} has no byte {options.offset}",
-                hint=f"it has {size_bytes} bytes, {human_size(size_bytes)}",
-            )
-        rest_bytes = size_bytes - options.offset
+        rest_bytes = bytes_left(client, options)
         if options.verb == "dump":
             _dump(client, options, rest_bytes)
         else:
@@ -36,28 +31,51 @@ def run(options: Any) -> int:
     return 0
 
 
-def _dump(client: Client, options: Any, rest_bytes: int) -> None:
-    length = rest_bytes if options.length is None else options.length
+def bytes_left(client: Client, options: Any) -> int:
+    """Return how many bytes the region has from the offset on."""
+    size_bytes: int = client.call("ShowRegion", id=options.id)["region"]["sizeBytes"]
+    if options.offset > size_bytes:
+        raise errors.UsageError(
+            f"region {options.id} has no byte {options.offset}",
+            hint=f"it has {size_bytes} bytes, {human_size(size_bytes)}",
+        )
+    return size_bytes - int(options.offset)
+
+
+def length_of(options: Any, rest_bytes: int) -> int:
+    """Return how many of the bytes that are left are wanted."""
+    length: int = rest_bytes if options.length is None else options.length
     if length > rest_bytes:
         raise errors.UsageError(
             f"region {options.id} has {rest_bytes} bytes from {options.offset} on, not {length}"
         )
+    return length
+
+
+def pieces(client: Client, options: Any, length: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the bytes piece by piece, each with how many came before it."""
+    for start in range(0, length, CHUNK_BYTES):
+        reply = client.call(
+            "ReadRegion",
+            id=options.id,
+            offsetBytes=options.offset + start,
+            byteCount=min(CHUNK_BYTES, length - start),
+        )
+        yield start, base64.b64decode(reply["data"])
+
+
+def _dump(client: Client, options: Any, rest_bytes: int) -> None:
+    length = length_of(options, rest_bytes)
     out = sys.stdout.buffer
     if out.isatty():
         raise errors.UsageError(
             "a region's bytes do not belong on a terminal",
-            hint=f"xshmctl dump {options.id} > FILE, or pipe them into hexdump -C",
+            hint=f"xshmctl dump {options.id} > FILE, or xshmctl hexdump {options.id}",
         )
     progress = Progress(length)
     try:
-        for start in range(0, length, CHUNK_BYTES):
-            reply = client.call(
-                "ReadRegion",
-                id=options.id,
-                offsetBytes=options.offset + start,
-                byteCount=min(CHUNK_BYTES, length - start),
-            )
-            out.write(base64.b64decode(reply["data"]))
+        for start, data in pieces(client, options, length):
+            out.write(data)
             progress.reached(start)
         out.flush()
     except BrokenPipeError:

@@ -21,6 +21,7 @@ VERBS = {
     "wait": "wait until a guest has its regions",
     "dump": "write the bytes of a region to the standard output",
     "load": "write the standard input into a region",
+    "hexdump": "show the bytes of a region",
     "doctor": "say what on this machine is not as it should be",
     "help": "say what a verb does",
 }
