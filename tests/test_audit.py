@@ -26,6 +26,9 @@ from xshmd.model import (
     Event,
     EventKind,
     GuestConfig,
+    Lease,
+    Process,
+    Prot,
     RegionConfig,
     RemoveRegion,
     Step,
@@ -85,6 +88,34 @@ def test_a_grant_says_everything() -> None:
     ]  # fmt: skip
 
 
+def test_a_lease_says_whose_it_is() -> None:
+    process = Process(pid=77, uid=5, started=9, name="viewer")
+    lease = Lease(lease_id="x", region_id="r0", prot=Prot.RO, process=process)
+    with capture_logs() as entries:
+        audit.record(Event(kind=EventKind.LEASE_BEGAN, region="r0", lease=lease))
+    assert entries == [
+        {
+            "event": "memory leased", "log_level": "info", "region": "r0", "prot": "ro",
+            "message_id": audit.KINDS[EventKind.LEASE_BEGAN].message_id, "process": 77, "user": 5,
+        }
+    ]  # fmt: skip
+
+
+async def test_a_lease_is_written_down_when_it_is_asked_for() -> None:
+    api = Regions()
+    audited = audit.AuditedRegions(api)
+    with capture_logs() as entries:
+        async with audited.lease("r0", Prot.RW, Process(pid=1, uid=0)):
+            assert [entry["outcome"] for entry in entries] == ["done"]
+        api.refusal = Refused("no")
+        with pytest.raises(Refused):
+            async with audited.lease("r0", Prot.RW, Process(pid=1, uid=0)):
+                pass
+    assert [(e["request"], e["region"], e["prot"], e["outcome"]) for e in entries] == [
+        ("lease", "r0", "rw", "done"), ("lease", "r0", "rw", "refused: no"),
+    ]  # fmt: skip
+
+
 def test_message_ids_are_ids_and_the_catalog_explains_each() -> None:
     entries = [*audit.KINDS.values(), audit.ASKED, audit.INCOMPLETE]
     ids = [entry.message_id for entry in entries]
@@ -101,6 +132,7 @@ def test_the_catalog_names_fields_that_there_are() -> None:
         audit.record(JOINED)
     written = {f"XSHM_{key.upper()}" for key in entries[0]}
     written |= {"XSHM_REQUEST", "XSHM_OUTCOME", "XSHM_CLIENT_UID", "XSHM_CLIENT_PID", "XSHM_LOST"}
+    written |= {"XSHM_PROCESS", "XSHM_USER"}
     assert set(re.findall(r"@(\w+)@", CATALOG.read_text())) <= written
 
 

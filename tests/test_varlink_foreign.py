@@ -59,7 +59,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "GetHost": {},
     "Ping": {},
 }
-STREAMS = {"Monitor"}
+STREAMS = {"Monitor", "LeaseRegion"}
 CONTRACT = idl.load("io.xshmd.Regions")
 
 
@@ -87,6 +87,13 @@ def test_it_monitors(foreign: Any) -> None:
         CONTRACT.check(CONTRACT.methods["Monitor"].gives, reply)
     assert [bool(reply) for reply in replies] == [True, False]
     assert replies[0]["state"]["regions"][0]["id"] == "r0"
+
+
+def test_it_leases(foreign: Any) -> None:
+    with foreign.open(CONTRACT.name) as regions:
+        reply = next(iter(regions.LeaseRegion("r0", "rw", _more=True)))
+    CONTRACT.check(CONTRACT.methods["LeaseRegion"].gives, reply)
+    assert reply["mapping"]["frameCount"] == 256
 
 
 def test_it_understands_our_errors(foreign: Any) -> None:

@@ -104,6 +104,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
             "isolation": None,
             "protEnforcement": "required",
         },
+        "leases": [],
     }
 
 

@@ -23,6 +23,8 @@ from xshmd.model import (
     GuestState,
     Holder,
     HostInfo,
+    Lease,
+    Process,
     Prot,
     Region,
     RegionRequest,
@@ -30,7 +32,7 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
-from xshmd.ports import PartCopier, RegionsApi
+from xshmd.ports import HeldLease, PartCopier, RegionsApi
 from xshmd.ranges import Part
 from xshmd.units import DomId, Gfn
 from xshmd.varlink.server import Limits, open_listener, serve
@@ -96,6 +98,23 @@ SNAPSHOT = Snapshot(
 )
 
 
+class FakeLease:
+    """A lease that the test ends."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.is_over = False
+        self._send, self._receive = trio.open_memory_channel[str](1)
+        self._token = trio.lowlevel.current_trio_token()
+
+    def want_back(self, why: str) -> None:
+        """Ask for the region; from any thread."""
+        self._token.run_sync_soon(self._send.send_nowait, why)
+
+    async def wait_ending(self) -> str:
+        return await self._receive.receive()
+
+
 class FakeRegions(RegionsApi):
     """Answers from what the test put in; records what it was asked."""
 
@@ -122,6 +141,8 @@ class FakeRegions(RegionsApi):
         self.figures: dict[str, int] = {"regions": 1, "guests": 2}
         self.memory = bytearray(SNAPSHOT.regions[0].size_bytes)
         """The bytes of region r0."""
+        self.leases: list[FakeLease] = []
+        """Every lease there was."""
         self.written: list[tuple[str, int, bytes, bool]] = []
 
     def snapshot(self) -> Snapshot:
@@ -193,6 +214,19 @@ class FakeRegions(RegionsApi):
         self.written.append((region_id, offset_bytes, data, dry_run))
         if not dry_run:
             self.memory[offset_bytes : offset_bytes + len(data)] = data
+
+    @asynccontextmanager
+    async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
+        if self.refusal is not None:
+            raise self.refusal
+        held = FakeLease(
+            Lease(lease_id=str(len(self.leases)), region_id=region_id, prot=prot, process=process)
+        )
+        self.leases.append(held)
+        try:
+            yield held
+        finally:
+            held.is_over = True
 
     def statistics(self) -> Mapping[str, int]:
         return self.figures

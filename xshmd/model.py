@@ -314,6 +314,29 @@ class Guest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A process of the control domain."""
+
+    pid: int
+    uid: int
+    started: int = 0
+    """When it began, in the kernel's ticks since the boot, as a pid comes again; 0: not known."""
+    name: str = ""
+    """What the kernel calls it, for people; a process may call itself anything."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A process that may have a region mapped in the control domain: no frame of it goes before."""
+
+    lease_id: str
+    """A random word."""
+    region_id: str
+    prot: Prot
+    process: Process
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DomainInfo:
     """A domain as XEN_DOMCTL_getdomaininfo reports it."""
 
@@ -432,6 +455,9 @@ class EventKind(enum.StrEnum):
     """Somebody else destroyed it: its regions are lost."""
     RELOADED = "reloaded"
     """The configuration was read again; what changed comes as events of its own before."""
+    LEASE_BEGAN = "lease-began"
+    """A process of the control domain may map a region from now on."""
+    LEASE_ENDED = "lease-ended"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,6 +475,8 @@ class Event:
     """How much memory was granted, withdrawn, made or freed."""
     reason: str = ""
     """Why, in a few words, e.g. ``guest created``, ``admin``, ``owner gone``, ``reload``."""
+    lease: Lease | None = None
+    """For LEASE_BEGAN and LEASE_ENDED."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,6 +536,7 @@ class Snapshot:
     holders: tuple[Holder, ...] = ()
     regions: tuple[Region, ...] = ()
     guests: tuple[Guest, ...] = ()
+    leases: tuple[Lease, ...] = ()
 
 
 SHUTDOWN_POWEROFF: Final = 0

@@ -23,7 +23,10 @@ from xshmd.model import (
     GuestConfig,
     HostInfo,
     HostRange,
+    Lease,
     MemoryRange,
+    Process,
+    Prot,
     RegionConfig,
     Snapshot,
     Step,
@@ -308,6 +311,25 @@ class CreationLock(Protocol):
         ...
 
 
+class Processes(Protocol):
+    """The processes of the control domain."""
+
+    def started_at(self, pid: int) -> int | None:
+        """Return when a process began, in ticks since the boot; None if there is no such."""
+        ...
+
+
+class HeldLease(Protocol):
+    """A lease while its process is connected."""
+
+    @property
+    def lease(self) -> Lease: ...
+
+    async def wait_ending(self) -> str:
+        """Return why the region is wanted back, once it is."""
+        ...
+
+
 class RegionsApi(Protocol):
     """What the daemon offers to its clients; the Varlink service is a thin skin over this."""
 
@@ -395,6 +417,16 @@ class RegionsApi(Protocol):
         Raises:
             UsageError: the bytes would not all be in the region, or are too many at a time.
             NoSuchRegion, Conflict, Refused: it is not there, not ready or not writable this way.
+        """
+        ...
+
+    def lease(
+        self, region_id: str, prot: Prot, process: Process
+    ) -> AbstractAsyncContextManager[HeldLease]:
+        """Keep a region where it is while a process of the control domain may have it mapped.
+
+        Raises:
+            NoSuchRegion, Conflict, Refused: it is not there, or cannot be had this way or now.
         """
         ...
 

@@ -165,6 +165,19 @@ def test_bytes(host: Host, varlink: Varlinkctl, guest: tuple[Guest, str]) -> Non
         assert f"{INTERFACE}.InvalidArgument" in said
 
 
+def test_lease(host: Host, varlink: Varlinkctl, guest: tuple[Guest, str]) -> None:
+    """A process that is not of our library leases a region; its pid is said; with it the lease
+    goes."""
+    _, region = guest
+    words = varlink.words("LeaseRegion", {"id": region}, "--more")
+    process = host.dom0.spawn(words, timeout_s=120)
+    (lease,) = host.wait(lambda: host.region(region)["leases"], "there is a lease")
+    assert (lease["processId"], lease["processName"]) == (process.pid, "varlinkctl")
+    assert lease["prot"] == "ro"
+    process.kill(9)
+    host.wait(lambda: not host.region(region)["leases"], "the lease is gone")
+
+
 def test_monitor(host: Host, varlink: Varlinkctl) -> None:
     """`varlinkctl call --more Monitor` prints the state, and each peer that joins or leaves."""
     lines: list[dict[str, Any]] = []

@@ -41,7 +41,9 @@ from xshmd.units import DomId, Gfn
 from xshmd.xen.store import open_store
 
 T = TypeVar("T")
-RECORD_ROOTS = ("/xshmd/holders", "/xshmd/regions", "/xshmd/guests", "/xshmd/changes")
+RECORD_ROOTS = tuple(
+    f"/xshmd/{kind}" for kind in ("holders", "regions", "guests", "leases", "changes")
+)
 PATIENCE_S = 120.0
 """Of the test's clock, not of anybody's time."""
 REGION_GFN = {Arch.X86_64: 0x1000000, Arch.ARM64: 0x3A000}
@@ -53,6 +55,16 @@ class Wall:
 
     def now(self) -> float:
         return 1_700_000_000.0 + trio.current_time()
+
+
+class FakeProcesses:
+    """:class:`xshmd.ports.Processes` over a dictionary: when each that lives began."""
+
+    def __init__(self) -> None:
+        self.living: dict[int, int] = {}
+
+    def started_at(self, pid: int) -> int | None:
+        return self.living.get(pid)
 
 
 class FakeFinder:
@@ -135,7 +147,7 @@ class Daemon:
                     life = self._wrap(Life(world.xen, store, locks))
                     self._engine = Reconciler(
                         xen=life.xen, store=life.store, finder=world.finder, locks=life.locks,
-                        clock=world.clock, options=self._options,
+                        clock=world.clock, processes=world.processes, options=self._options,
                     )  # fmt: skip
                     async with trio.open_nursery() as nursery:
                         await nursery.start(self._engine.run)
@@ -178,6 +190,7 @@ class World:
         self.tools = FakeToolstack(xen, server, self.locks)
         self.finder = FakeFinder()
         self.clock = Wall()
+        self.processes = FakeProcesses()
         self.ran: list[tuple[DomId, str]] = []
         """Every start of a domain's vCPUs, and what was wrong with it then (empty: nothing)."""
         self.tolerate: Callable[[BaseException], bool] = lambda escaped: False

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 REGION_HEADER = ("ID", "SIZE", "LIFETIME", "OWNER", "HOLDER", "MEMBERS")
+DOM0 = "dom0"
+"""Before the number of a process that has a lease."""
 GUEST_HEADER = ("NAME", "DOMAIN", "STATE", "HOLDER", "REGIONS")
 
 
@@ -35,6 +37,7 @@ def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
     members = [
         f"{member['guest']}@{render.address(member['firstFrame'])}" for member in region["members"]
     ]
+    members += [f"{DOM0}:{lease['processId']}" for lease in region.get("leases") or ()]
     return (
         region["id"],
         human_size(region["sizeBytes"]),

@@ -60,6 +60,8 @@ def _event(event: dict[str, Any]) -> str:
         parts.append(f"at {render.address(first_gfn)}")
     if size_bytes := event.get("sizeBytes"):
         parts.append(human_size(size_bytes))
+    if lease := event.get("lease"):
+        parts.append(f"process {lease['processId']} of dom0, {lease['prot']}")
     text = ", ".join(parts)
     reason = event.get("reason")
     return f"{text}: {reason}" if text and reason else text or reason or ""

@@ -46,7 +46,9 @@ def _print_region(region: dict[str, Any]) -> None:
         ("Holder", _holder(region)),
         *_terms(region.get("terms") or {}),
     ]
-    members = [_member(member) for member in region["members"]] or ["none"]
+    members = [_member(member) for member in region["members"]]
+    members += [_lease(lease) for lease in region.get("leases") or ()]
+    members = members or ["none"]
     lines += [("Members" if at == 0 else "", text) for at, text in enumerate(members)]
     render.print_fields(lines)
 
@@ -95,3 +97,9 @@ def _member(member: dict[str, Any]) -> str:
     if member["offsetFrames"]:
         text += f", from the region's frame {render.frame(member['offsetFrames'])} on"
     return text
+
+
+def _lease(lease: dict[str, Any]) -> str:
+    name = lease.get("processName")
+    process = f"process {lease['processId']}" + (f", {name}" if name else "")
+    return f"dom0 ({process}, user {lease['userId']}): lease {lease['prot']}"

@@ -19,6 +19,7 @@ from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.journal import Journal
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.daemon.metrics import Exporter
+from xshmd.daemon.processes import ProcProcesses
 from xshmd.daemon.sdnotify import Notifier
 from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
@@ -68,6 +69,7 @@ async def run(settings: Settings) -> None:
                 finder=Finder(arch=host.arch, on_skip=_say_skipped),
                 locks=LibxlCreationLock(),
                 clock=WallClock(),
+                processes=ProcProcesses(),
                 options=settings.options,
             )
             async with trio.open_nursery() as nursery:

@@ -8,8 +8,8 @@ the facts are fields of the journal: XSHM_REGION=, XSHM_GUEST=, XSHM_DOMID=, XSH
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -27,11 +27,13 @@ from xshmd.model import (
     Guest,
     GuestConfig,
     HostInfo,
+    Process,
+    Prot,
     RemoveRegion,
     Snapshot,
     Step,
 )
-from xshmd.ports import RegionsApi
+from xshmd.ports import HeldLease, RegionsApi
 from xshmd.units import address_of, bytes_of
 
 log = structlog.get_logger()
@@ -62,6 +64,8 @@ KINDS: Final[Mapping[EventKind, Kind]] = MappingProxyType(
         EventKind.HOLDER_DESTROYED: Kind("0c4613f0b8c04e3a9d708e12dcae5f8a", "holder destroyed"),
         EventKind.HOLDER_LOST: Kind("d5c05fd7870843e29f4194fd2370f246", "holder lost", failed=True),
         EventKind.RELOADED: Kind("549377b9b7324a12a3fd177c99252b63", "reloaded"),
+        EventKind.LEASE_BEGAN: Kind("280b6fe042ae468688226e9c9610bfc2", "memory leased"),
+        EventKind.LEASE_ENDED: Kind("8eb8b3bc436548ecb4cdb9c883d75a73", "lease ended"),
     }
 )
 ASKED: Final = Kind("786540d8fbab466793fc0e848f53c58d", "client asked")
@@ -84,6 +88,9 @@ def record(event: Event) -> None:
         "holder": event.holder_uuid,
         "why": event.reason,
     }
+    if event.lease is not None:
+        process = event.lease.process
+        facts |= {"prot": event.lease.prot.value, "process": process.pid, "user": process.uid}
     said = {key: value for key, value in facts.items() if value not in ("", None)}
     write = log.error if kind.failed else log.info
     write(kind.text, message_id=kind.message_id, **said)
@@ -168,6 +175,14 @@ class AuditedRegions(RegionsApi):
         self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
     ) -> None:
         await self._api.write_region(region_id, offset_bytes, data, dry_run=dry_run)
+
+    @asynccontextmanager
+    async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
+        async with AsyncExitStack() as stack:
+            lease = self._api.lease(region_id, prot, process)
+            yield await self._asked(
+                "lease", lambda: stack.enter_async_context(lease), region=region_id, prot=prot.value
+            )
 
     def snapshot(self) -> Snapshot:
         return self._api.snapshot()

@@ -18,6 +18,7 @@ import trio
 
 from xshmd import __version__
 from xshmd.config.guest import guest_config
+from xshmd.daemon.processes import ProcProcesses
 from xshmd.daemon.replies import host_fields, status_fields
 from xshmd.errors import NoSuchRegion
 from xshmd.model import (
@@ -28,6 +29,7 @@ from xshmd.model import (
     DetachRegion,
     Event,
     GuestConfig,
+    Prot,
     RemoveRegion,
 )
 from xshmd.ports import RegionsApi
@@ -40,6 +42,7 @@ from xshmd.varlink.dispatch import (
     Method,
     Stream,
 )
+from xshmd.varlink.peer import current_peer
 from xshmd.varlink.wire import Parameters
 
 INTERFACE: Final = "io.xshmd.Regions"
@@ -73,6 +76,7 @@ class RegionsService:
 
     def __init__(self, api: RegionsApi) -> None:
         self._api = api
+        self._processes = ProcProcesses()
 
     def methods(self) -> dict[str, Method | Stream]:
         """Return the method table, by the names of the interface definition."""
@@ -93,6 +97,7 @@ class RegionsService:
             "Reload": Method(run=self._reload),
             "ReadRegion": Method(run=self._read_region, interruptible=True),
             "WriteRegion": Method(run=self._write_region, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
+            "LeaseRegion": Stream(run=self._lease_region),
             "Monitor": Stream(run=self._monitor),
             "Status": Method(run=self._status),
             "GetHost": Method(run=self._get_host),
@@ -229,6 +234,21 @@ class RegionsService:
             parameters["id"], parameters["offsetBytes"], data, dry_run=bool(parameters["dryRun"])
         )
         return {}
+
+    async def _lease_region(self, parameters: Parameters, emit: Emit) -> Parameters:
+        peer = current_peer()
+        process = self._processes.describe(peer.pid, peer.uid)
+        prot = Prot(parameters["prot"] or Prot.RO)
+        async with self._api.lease(parameters["id"], prot, process) as held:
+            await emit({"mapping": self._mapping(parameters["id"])})
+            await emit({"ending": await held.wait_ending()})
+            await trio.sleep_forever()  # until the client has unmapped it and closes the connection
+
+    def _mapping(self, region_id: str) -> Parameters:
+        snapshot = self._api.snapshot()
+        region = next(one for one in snapshot.regions if one.region_id == region_id)
+        holder = next(one for one in snapshot.holders if one.uuid == region.holder_uuid)
+        return records.mapping_fields(region, holder.domid)
 
     # -- the machine ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
-from xshmd.model import Backing, Region
+from xshmd.model import Backing, Holder, Region
 from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
 
@@ -51,38 +51,9 @@ class Access:
 
     def _find(self, region_id: str, offset_bytes: int, nr_bytes: int) -> tuple[DomId, int]:
         """Return the domain to map, and the byte of it at which the part begins."""
-        region, domid = self.find(region_id)
+        region, holder = reachable(self._ledger, self._holders, region_id)
         _check_bounds(region, offset_bytes, nr_bytes)
-        return domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
-
-    def find(self, region_id: str) -> tuple[Region, DomId]:
-        """Return a region that dom0 may touch now, and the domain that has its pages.
-
-        Raises:
-            NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be touched.
-        """
-        region = self._ledger.region(region_id)
-        if region is None:
-            raise NoSuchRegion(
-                f"there is no region {region_id}",
-                hint="xshmctl list shows those there are",
-                id=region_id,
-            )
-        if region.terms.backing is not Backing.HOLDER:
-            raise Refused(
-                f"region {region_id} is memory of the host, which xshmd itself does not touch",
-                hint="read or write it in a guest that has it",
-                id=region_id,
-            )
-        holder = self._ledger.holder(region.holder_uuid)
-        if not region.ready or holder is None:
-            raise Conflict(
-                f"the memory of region {region_id} is not there (any more)",
-                hint="xshmctl show says how it is; try again",
-                id=region_id,
-            )
-        self._holders.verify(holder)
-        return region, holder.domid
+        return holder.domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
 
     def _read_now(self, domid: DomId, start: int, nr_bytes: int) -> bytes:
         first_gfn, skip, nr_frames = _frames(start, nr_bytes)
@@ -99,6 +70,36 @@ class Access:
             pages.write(skip, data)
         finally:
             pages.close()
+
+
+def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region, Holder]:
+    """Return a region whose frames dom0 can map, and its holder, whose domid is pinned.
+
+    Raises:
+        NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be had this way.
+    """
+    region = ledger.region(region_id)
+    if region is None:
+        raise NoSuchRegion(
+            f"there is no region {region_id}",
+            hint="xshmctl list shows those there are",
+            id=region_id,
+        )
+    if region.terms.backing is not Backing.HOLDER:
+        raise Refused(
+            f"region {region_id} is memory of the host, which xshmd itself does not touch",
+            hint="read or write it in a guest that has it",
+            id=region_id,
+        )
+    holder = ledger.holder(region.holder_uuid)
+    if not region.ready or holder is None:
+        raise Conflict(
+            f"the memory of region {region_id} is not there (any more)",
+            hint="xshmctl show says how it is; try again",
+            id=region_id,
+        )
+    holders.verify(holder)
+    return region, holder
 
 
 def _check_bounds(region: Region, offset_bytes: int, nr_bytes: int) -> None:

@@ -168,8 +168,12 @@ class Changes:
                 log.error("changes neither undone nor finished", reason=error.one_line())
 
     async def withdraw(self, regions: Iterable[Region], reason: str) -> None:
-        """Take regions from every guest that has or awaits them, and free them."""
+        """Take regions from every guest that has or awaits them, and free them.
+
+        One that a process has mapped is freed when it has it no more.
+        """
         gone = {region.region_id for region in regions}
+        leased = {lease.region_id for lease in self._ledger.leases}
         parts = []
         for guest in self._ledger.guests:
             theirs = tuple(one for one in guest.requests if one.region_id in gone)
@@ -177,7 +181,7 @@ class Changes:
                 parts.append(Part(generation=guest.generation, detach=theirs))
         intent = Intent(
             id=secrets.token_hex(8), reason=reason, is_committed=True,
-            removes=tuple(sorted(gone)), parts=tuple(parts),
+            removes=tuple(sorted(gone - leased)), parts=tuple(parts),
         )  # fmt: skip
         await self._finish(await self._ledger.begin_intent(intent))
 

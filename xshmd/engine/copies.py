@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from xshmd.engine.access import Access
+from xshmd.engine.access import reachable
+from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import NoSuchGuest, OutOfRange, Refused
@@ -25,13 +26,13 @@ class Copies:
     """Implements :class:`xshmd.ports.PartCopier`.  Used by the reconciler alone."""
 
     def __init__(
-        self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, access: Access
+        self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, holders: Holders
     ) -> None:
-        self._xen, self._worker, self._ledger, self._access = xen, worker, ledger, access
+        self._xen, self._worker, self._ledger, self._holders = xen, worker, ledger, holders
 
     async def copy(self, region_id: str, source: Part, target: Part, count_at: Part | None) -> int:
         """Do as :meth:`xshmd.ports.PartCopier.copy_parts`."""
-        region, domid = self._access.find(region_id)
+        region, holder = reachable(self._ledger, self._holders, region_id)
         from_ranges = self._ranges(region, source, writes=False)
         to_ranges = self._ranges(region, target, writes=True)
         count: list[ByteRange] = []
@@ -43,7 +44,7 @@ class Copies:
         start = region.holder_first_gfn << PAGE_SHIFT
         return await self._worker.run(
             lambda: self._xen.copy_ranges(
-                domid,
+                holder.domid,
                 [each.moved(start) for each in from_ranges],
                 [each.moved(start) for each in to_ranges],
                 count_at=start + count[0].offset_bytes if count else None,

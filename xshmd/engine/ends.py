@@ -12,6 +12,7 @@ from xshmd.engine.changes import Changes
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import NO_DOMAIN, Holders
+from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_stray
 from xshmd.engine.options import Options
@@ -35,6 +36,7 @@ log = structlog.get_logger()
 
 COMES_BACK: Final = frozenset({SHUTDOWN_REBOOT, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG})
 """Ways a guest ends itself after which xl, as it is usually told to, makes it anew."""
+OWNER_GONE: Final = "owner gone"
 _THROUGH: Final = (GuestState.ATTACHED, GuestState.REBOOTING)
 """States of guests that have come through the gate."""
 
@@ -51,10 +53,11 @@ class Ends:
         holders: Holders,
         gate: Gate,
         changes: Changes,
+        leases: Leases,
         hub: EventHub,
         options: Options,
     ) -> None:
-        self._changes, self._hub = changes, hub
+        self._changes, self._leases, self._hub = changes, leases, hub
         self._store, self._clock, self._ledger = store, clock, ledger
         self._holders, self._gate, self._options = holders, gate, options
         self._reasons: dict[str, int] = {}
@@ -136,7 +139,7 @@ class Ends:
             if region.region_id not in begun
         ]
         if orphans:
-            await self._changes.withdraw(orphans, "owner gone")
+            await self._changes.withdraw(orphans, OWNER_GONE)
 
     def _is_settled(self, region: Region) -> bool:
         """Return whether it has members, none of which is being given it just now."""
@@ -144,8 +147,13 @@ class Ends:
         return bool(members) and all(guest.state in _THROUGH for guest in members)
 
     def _is_unused(self, region: Region) -> bool:
-        lasts = region.lifetime is Lifetime.SYSTEM
-        return not lasts and not self._ledger.members(region.region_id)
+        if region.lifetime is Lifetime.SYSTEM or self._ledger.members(region.region_id):
+            return False
+        if not self._ledger.leases_of(region.region_id):
+            return True
+        if region.lifetime is Lifetime.OWNER:  # of which a process is no substitute
+            self._leases.ask_back([region.region_id], OWNER_GONE)
+        return False
 
     def _is_targeted(self, holder: Holder) -> bool:
         return any(guest.holder_uuid == holder.uuid for guest in self._ledger.guests)

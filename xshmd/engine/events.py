@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from xshmd.model import Event, EventKind, Guest, Region, RegionRequest
+from xshmd.model import Event, EventKind, Guest, Lease, Region, RegionRequest
 
 BACKLOG: Final = 1024
 """How many events a listener may be behind."""
@@ -102,3 +102,7 @@ class EventHub:
                 reason=reason,
             )
         )  # fmt: skip
+
+    def about_lease(self, kind: EventKind, lease: Lease, reason: str = "") -> None:
+        """Say that a process may map a region, or no longer has it mapped."""
+        self.emit(Event(kind=kind, region=lease.region_id, lease=lease, reason=reason))

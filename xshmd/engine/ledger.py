@@ -13,7 +13,7 @@ from typing import TypeVar
 from xshmd.engine import intents, records
 from xshmd.engine.intents import Intent, Part
 from xshmd.errors import StoreError
-from xshmd.model import Guest, Holder, Region, Snapshot
+from xshmd.model import Guest, Holder, Lease, Region, Snapshot
 from xshmd.ports import Store, StoreTransaction
 from xshmd.units import DomId
 
@@ -28,6 +28,7 @@ class Ledger:
         self._holders: dict[str, Holder] = {}
         self._regions: dict[str, Region] = {}
         self._guests: dict[str, Guest] = {}
+        self._leases: dict[str, Lease] = {}
         self._intents: dict[str, Intent] = {}
         self._doubtful: set[str] = set()
 
@@ -39,16 +40,19 @@ class Ledger:
         if await self._store.read(records.ROOT) is None:
             await self._store.write(records.ROOT, "")
             await self._store.set_permissions(records.ROOT, records.ROOT_PERMISSIONS)
-            # A set of changes is removed with all below it, which leaves its parent behind.
+            # What is removed leaves its parent behind.
             await self._store.write(intents.ROOT, "")
+            await self._store.write(records.lease_path("").rstrip("/"), "")
         holders, bad_holders = await self._load("holders", records.decode_holder)
         regions, bad_regions = await self._load("regions", records.decode_region)
         guests, bad_guests = await self._load("guests", records.decode_guest)
+        leases, bad_leases = await self._load("leases", records.decode_lease)
         self._holders = {holder.uuid: holder for holder in holders}
+        self._leases = {lease.lease_id: lease for lease in leases}
         self._regions = {region.region_id: region for region in regions}
         self._guests = {guest.generation: guest for guest in guests}
         bad_intents = await self._load_intents()
-        return (*bad_holders, *bad_regions, *bad_guests, *bad_intents)
+        return (*bad_holders, *bad_regions, *bad_guests, *bad_leases, *bad_intents)
 
     async def _load_intents(self) -> list[StoreError]:
         bad: list[StoreError] = []
@@ -91,6 +95,7 @@ class Ledger:
             holders=tuple(self._holders.values()),
             regions=tuple(sorted(self._regions.values(), key=lambda region: region.region_id)),
             guests=tuple(sorted(self._guests.values(), key=lambda guest: guest.domid)),
+            leases=self.leases,
         )
 
     @property
@@ -104,6 +109,10 @@ class Ledger:
     @property
     def holders(self) -> tuple[Holder, ...]:
         return tuple(self._holders.values())
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        return tuple(self._leases.values())
 
     @property
     def intents(self) -> tuple[Intent, ...]:
@@ -144,6 +153,10 @@ class Ledger:
             if any(request.region_id == region_id for request in guest.requests)
         )
 
+    def leases_of(self, region_id: str) -> tuple[Lease, ...]:
+        """Return the leases of a region."""
+        return tuple(lease for lease in self._leases.values() if lease.region_id == region_id)
+
     # -- writing --------------------------------------------------------------------------------
 
     async def settle(self) -> None:
@@ -172,6 +185,7 @@ class Ledger:
             self._holders.get(path.removeprefix(records.holder_path("")))
             or self._regions.get(path.removeprefix(records.region_path("")))
             or self._guests.get(path.removeprefix(records.guest_path("")))
+            or self._leases.get(path.removeprefix(records.lease_path("")))
         )
         return None if record is None else records.encode(record)
 
@@ -253,6 +267,17 @@ class Ledger:
         """Forget one life of a guest."""
         await self._remove(records.guest_path(generation))
         self._guests.pop(generation, None)
+
+    async def put_lease(self, lease: Lease) -> Lease:
+        """Record a lease."""
+        await self._write(records.lease_path(lease.lease_id), records.encode(lease))
+        self._leases[lease.lease_id] = lease
+        return lease
+
+    async def drop_lease(self, lease_id: str) -> None:
+        """Forget a lease that is over."""
+        await self._remove(records.lease_path(lease_id))
+        self._leases.pop(lease_id, None)
 
     # -- sets of changes ------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, TypeVar
 
 import structlog
@@ -25,6 +26,7 @@ from xshmd.engine.ends import Ends
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.holders import Holders
+from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_leftovers
 from xshmd.engine.options import Options
@@ -52,11 +54,14 @@ from xshmd.model import (
     GuestState,
     Holder,
     HostInfo,
+    Process,
+    Prot,
+    RemoveRegion,
     Snapshot,
     Step,
 )
 from xshmd.policy.changes import ChangePlan
-from xshmd.ports import Clock, ConfigFinder, CreationLock, Hypervisor, Store
+from xshmd.ports import Clock, ConfigFinder, CreationLock, HeldLease, Hypervisor, Processes, Store
 from xshmd.ranges import Part
 from xshmd.units import DomId
 
@@ -69,6 +74,8 @@ AGAIN_S: Final = 1.0
 LINGER_S: Final = 20.0
 """How long xl waits with us for a destroyed domain to be forgotten by Xen."""
 LINGER_POLL_S: Final = 0.1
+PROCESSES_S: Final = 5.0
+"""When to look again whether the processes that have leases still live."""
 LEFTOVERS_S: Final = (3.0, 15.0)
 """When to look again for nodes that xl wrote for a domain after we had destroyed it."""
 
@@ -84,6 +91,7 @@ class Reconciler:
         finder: ConfigFinder,
         locks: CreationLock,
         clock: Clock,
+        processes: Processes,
         options: Options,
     ) -> None:
         self._xen, self._store, self._clock, self._options = xen, store, clock, options
@@ -104,10 +112,11 @@ class Reconciler:
         )
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
         self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
-        self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, access=self._access)
+        self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
+        self._leases = Leases(ledger=ledger, holders=holders, hub=hub, processes=processes)
         self._ends = Ends(
             store=store, clock=clock, ledger=ledger, holders=holders, gate=gate,
-            changes=self._changes, hub=hub, options=options,
+            changes=self._changes, leases=self._leases, hub=hub, options=options,
         )  # fmt: skip
         # Unbounded, yet never long: looks are merged into one, and a client asks one thing at a
         # time.
@@ -243,6 +252,8 @@ class Reconciler:
             except HypercallFailed as error:  # one guest's trouble is not the others'
                 log.warning("guest put off", guest=guest.name, reason=error.one_line())
                 self._look_in(AGAIN_S)
+        if await self._leases.prune():
+            self._look_in(PROCESSES_S)
         await self._ends.collect()
 
     async def _look_at(self, guest: Guest, info: DomainInfo | None) -> None:
@@ -357,8 +368,39 @@ class Reconciler:
     ) -> int:
         return await self._ask(lambda: self._copies.copy(region_id, source, target, count_at))
 
+    @asynccontextmanager
+    async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
+        lease_id = secrets.token_hex(8)
+        try:
+            yield await self._ask(lambda: self._leases.begin(lease_id, region_id, prot, process))
+        finally:
+            # After whatever of the beginning may still be in the queue.
+            self._put.send_nowait(lambda: self._leases.end(lease_id))
+            self._hint()
+
     async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
-        return await self._ask(lambda: self._apply(tuple(changes), dry_run=dry_run))
+        wanted_back = {
+            one.region_id
+            for one in changes
+            if isinstance(one, RemoveRegion) and one.force and self._ledger.leases_of(one.region_id)
+        }
+        if not wanted_back or dry_run:
+            return await self._ask(lambda: self._apply(tuple(changes), dry_run=dry_run))
+        planned = await self._ask(lambda: self._apply(tuple(changes), dry_run=True))
+        await self._leases.wait_free(wanted_back, "removed by an administrator")
+        await self._ask(lambda: self._apply_rest(changes, wanted_back))
+        return planned
+
+    async def _apply_rest(self, changes: Sequence[Change], wanted_back: Container[str]) -> None:
+        # A region that had no members but processes has gone with the last of them.
+        there = tuple(
+            one
+            for one in changes
+            if not (isinstance(one, RemoveRegion) and one.region_id in wanted_back)
+            or self._ledger.region(one.region_id) is not None
+        )
+        if there:
+            await self._apply(there, dry_run=False)
 
     async def _apply(self, changes: Sequence[Change], *, dry_run: bool) -> tuple[Step, ...]:
         await self._be_settled()
@@ -366,6 +408,7 @@ class Reconciler:
         if dry_run:
             self._changes.check_room(plan)
         else:
+            self._leases.check_free(plan.removes)
             await self._carry_out(plan, "admin")
         return plan.steps
 

@@ -23,9 +23,11 @@ from xshmd.model import (
     GuestState,
     Holder,
     Isolation,
+    Lease,
     Lifetime,
     MapChange,
     Place,
+    Process,
     Prot,
     ProtEnforcement,
     Region,
@@ -61,7 +63,12 @@ def guest_path(generation: str) -> str:
     return f"{ROOT}/guests/{generation}"
 
 
-def encode(record: Holder | Region | Guest) -> str:
+def lease_path(lease_id: str) -> str:
+    """Return the node of a lease."""
+    return f"{ROOT}/leases/{lease_id}"
+
+
+def encode(record: Holder | Region | Guest | Lease) -> str:
     """Return the text of a record."""
     if isinstance(record, Holder):
         document: Document = {"uuid": record.uuid, "domid": record.domid, "next": record.next_gfn}
@@ -77,6 +84,16 @@ def encode(record: Holder | Region | Guest) -> str:
             "terms": _terms_document(record.terms),
             "file": record.from_file,
             "ready": record.ready,
+        }
+    elif isinstance(record, Lease):
+        document = {
+            "id": record.lease_id,
+            "region": record.region_id,
+            "prot": record.prot.value,
+            "pid": record.process.pid,
+            "uid": record.process.uid,
+            "started": record.process.started,
+            "name": record.process.name,
         }
     else:
         document = {
@@ -255,6 +272,25 @@ def decode_guest(path: str, text: str) -> Guest:
             reserved=tuple((Gfn(int(at)), int(nr)) for at, nr in document.get("reserved", ())),
             ended_at=float(document["ended"]),
             failure=_text(document, "failure"),
+        )
+    except (KeyError, ValueError, TypeError) as broken:
+        raise unreadable(path, repr(broken)) from broken
+
+
+def decode_lease(path: str, text: str) -> Lease:
+    """Read a lease's record; StoreError if it is not one of ours."""
+    document = read_document(path, text)
+    try:
+        return Lease(
+            lease_id=_text(document, "id"),
+            region_id=_text(document, "region"),
+            prot=Prot(document["prot"]),
+            process=Process(
+                pid=_number(document, "pid"),
+                uid=_number(document, "uid"),
+                started=_number(document, "started"),
+                name=_text(document, "name"),
+            ),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise unreadable(path, repr(broken)) from broken

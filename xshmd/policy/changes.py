@@ -208,10 +208,11 @@ class _Planner:
             for guest in self._snapshot.guests
             if any(request.region_id == region_id for request in self._left(guest))
         ]
-        if not members:
+        leases = [lease for lease in self._snapshot.leases if lease.region_id == region_id]
+        if not members and not leases:
             return
         if not change.force:
-            self._broken.append(refusals.has_members(region_id, members))
+            self._broken.append(refusals.has_members(region_id, members, leases))
             return
         for guest in members:
             if guest.state not in (GuestState.ATTACHED, GuestState.REBOOTING):
@@ -367,6 +368,7 @@ class _Planner:
             known=self._known,
             regions=self._snapshot.regions,
             guests=self._snapshot.guests,
+            leases=self._snapshot.leases,
         )
 
 

@@ -126,11 +126,20 @@ def _members_left(region: Region, snapshot: Snapshot, changes: list[Change]) -> 
         for one in changes
         if isinstance(one, AttachRegion) and one.request.region_id == region.region_id
     ]
-    return given + [
-        guest.name
-        for guest in snapshot.guests
-        if any(request.region_id == region.region_id for request in guest.requests)
-        and (str(guest.domid), region.region_id) not in taken
+    leased = [
+        f"process {lease.process.pid}"
+        for lease in snapshot.leases
+        if lease.region_id == region.region_id
+    ]
+    return [
+        *given,
+        *leased,
+        *(
+            guest.name
+            for guest in snapshot.guests
+            if any(request.region_id == region.region_id for request in guest.requests)
+            and (str(guest.domid), region.region_id) not in taken
+        ),
     ]
 
 

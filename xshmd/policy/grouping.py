@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from xshmd.errors import Conflict
-from xshmd.model import Guest, GuestConfig, GuestState, Region
+from xshmd.model import Guest, GuestConfig, GuestState, Lease, Region
 
 _HAS_PAGES: Final = (GuestState.ATTACHING, GuestState.MAPPING, GuestState.ATTACHED)
 _NEW_HOME: Final = "new-"
@@ -107,9 +107,15 @@ def _members(region_id: str, guests: Iterable[Guest]) -> str:
     return " and ".join(sorted(names)) or "no guest"
 
 
-def movable_regions(regions: Iterable[Region], guests: Iterable[Guest]) -> Mapping[str, str]:
-    """Return the regions that nobody has, with their holders: they can be had in any other."""
+def movable_regions(
+    regions: Iterable[Region], guests: Iterable[Guest], leases: Iterable[Lease] = ()
+) -> Mapping[str, str]:
+    """Return the regions that nobody has, with their holders: they can be had in any other.
+
+    One that a process of the control domain has mapped would be left behind in the old one.
+    """
     had = {request.region_id for guest in guests for request in guest.requests}
+    had |= {lease.region_id for lease in leases}
     return {
         region.region_id: region.holder_uuid
         for region in regions
@@ -147,6 +153,7 @@ def assign_homes(
     known: Iterable[GuestConfig],
     regions: Iterable[Region],
     guests: Sequence[Guest],
+    leases: Iterable[Lease] = (),
 ) -> Homes:
     """Return the holder of each linked guest, and of each region that is new or has to move.
 
@@ -156,6 +163,7 @@ def assign_homes(
         known: What configurations say.
         regions: Those that exist; one that nobody has moves to where it is wanted.
         guests: Those that exist.
+        leases: Those that exist.
 
     Raises:
         Conflict: things that have holders already would have to be in one.
@@ -164,7 +172,7 @@ def assign_homes(
     regions = tuple(regions)
     movable = {
         region_id: home
-        for region_id, home in movable_regions(regions, guests).items()
+        for region_id, home in movable_regions(regions, guests, leases).items()
         if region_id in wanted
     }
     at = {r.region_id: r.holder_uuid for r in regions if r.region_id not in movable}

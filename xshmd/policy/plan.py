@@ -100,7 +100,7 @@ def plan_guest(
         raise combined(broken)
     wanted = {request.region_id for request in config.requests}
     others_alive = [guest for guest in snapshot.guests if guest.name != config.name]
-    free = movable_regions(snapshot.regions, others_alive)
+    free = movable_regions(snapshot.regions, others_alive, snapshot.leases)
     movable = {region_id: home for region_id, home in free.items() if region_id in wanted}
     holder_uuid = choose_holder(
         config,

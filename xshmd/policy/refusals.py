@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from xshmd.errors import ConfigError, Conflict, NoSuchGuest, NoSuchRegion, Refused
-from xshmd.model import Guest, GuestState, Region, RegionConfig, RegionRequest
+from xshmd.model import Guest, GuestState, Lease, Region, RegionConfig, RegionRequest
 from xshmd.units import DOMID_0, DomId
 
 
@@ -56,12 +56,30 @@ def no_region(region_id: str) -> NoSuchRegion:
     )  # fmt: skip
 
 
-def has_members(region_id: str, members: Sequence[Guest]) -> Conflict:
-    """Guests have it, and nobody said that they shall lose it."""
+def processes_of(leases: Iterable[Lease]) -> str:
+    """Name the processes that hold some leases."""
+    pids = sorted({(lease.process.pid, lease.process.name) for lease in leases})
+    return ", ".join(f"process {pid}" + (f" ({name})" if name else "") for pid, name in pids)
+
+
+def has_members(region_id: str, members: Sequence[Guest], leases: Sequence[Lease] = ()) -> Conflict:
+    """Guests or processes have it, and nobody said that they shall lose it."""
+    names = [_names(members)] if members else []
+    names += [processes_of(leases)] if leases else []
     return Conflict(
-        f"region {region_id} has members: {_names(members)}",
+        f"region {region_id} has members: {' and '.join(names)}",
         hint="detach it from them or end them first; or say --force to have it withdrawn from them",
         region=region_id,
+    )
+
+
+def keeps_it_mapped(region_id: str, leases: Sequence[Lease]) -> Conflict:
+    """A process was asked to let go and did not; nobody can take it from its address space."""
+    return Conflict(
+        f"region {region_id} is still mapped by {processes_of(leases)} of the control domain",
+        hint="end that process; it was told that the region is wanted back",
+        region=region_id,
+        pid=leases[0].process.pid,
     )
 
 

@@ -25,6 +25,7 @@ from xshmd.model import (
     Guest,
     GuestState,
     Isolation,
+    Lease,
     Lifetime,
     Place,
     Prot,
@@ -68,6 +69,32 @@ def region_fields(region: Region, snapshot: Snapshot) -> Fields:
         "holderFirstFrame": region.holder_first_gfn,
         "members": members,
         "terms": terms_fields(region.terms),
+        "leases": [
+            lease_fields(lease)
+            for lease in sorted(snapshot.leases, key=lambda lease: lease.process.pid)
+            if lease.region_id == region.region_id
+        ],
+    }
+
+
+def lease_fields(lease: Lease) -> Fields:
+    """Return a lease as the interface's ``Lease``."""
+    return {
+        "processId": lease.process.pid,
+        "userId": lease.process.uid,
+        "processName": lease.process.name or None,
+        "prot": lease.prot.value,
+    }
+
+
+def mapping_fields(region: Region, holder: DomId) -> Fields:
+    """Return what a process needs to map a region as the interface's ``Mapping``."""
+    return {
+        "holderDomainId": holder,
+        "holderUuid": region.holder_uuid,
+        "holderFirstFrame": region.holder_first_gfn,
+        "frameCount": region.nr_frames,
+        "transport": region.terms.transport.value,
     }
 
 
@@ -150,6 +177,7 @@ def event_fields(event: Event) -> Fields:
         "entry": None if request is None else entry_fields(request),
         "sizeBytes": event.size_bytes or None,
         "reason": event.reason or None,
+        "lease": None if event.lease is None else lease_fields(event.lease),
     }
 
 

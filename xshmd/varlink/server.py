@@ -27,6 +27,7 @@ from xshmd.errors import Conflict, Refused
 from xshmd.varlink import wire
 from xshmd.varlink.caller import Caller, peer_pidfd
 from xshmd.varlink.dispatch import Dispatcher, permission_denied
+from xshmd.varlink.peer import Peer, set_peer
 from xshmd.varlink.wire import Call, ProtocolViolation, Reply
 
 _FIRST_FD: Final = 3
@@ -86,6 +87,7 @@ class _Server:
                 pid, uid = _peer(stream)
                 # Whatever is logged on this connection's behalf says who it is.
                 structlog.contextvars.bind_contextvars(client_uid=uid, client_pid=pid)
+                set_peer(Peer(pid=pid, uid=uid))
                 with self._counted(uid) as admitted:
                     if not admitted:
                         log.warning("connection refused, too many", uid=uid)

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""No frame of a region goes while a process of dom0 has a lease of it; and no lease is for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import trio
+from fakes.world import Daemon, World, world
+from trio.testing import MockClock
+
+from xshmd.engine import leases
+from xshmd.errors import Conflict, NoSuchRegion, Refused
+from xshmd.model import (
+    AddRegion,
+    EventKind,
+    Isolation,
+    Lease,
+    Lifetime,
+    Process,
+    Prot,
+    RegionConfig,
+    RegionTerms,
+    RemoveRegion,
+)
+
+PROCESS = Process(pid=77, uid=0, started=4711, name="viewer")
+
+
+class Program:
+    """A process of dom0 that leases a region, until it lets go, ends, or its daemon does."""
+
+    def __init__(self, host: World, nursery: trio.Nursery, process: Process = PROCESS) -> None:
+        self._host, self._nursery, self.process = host, nursery, process
+        self.scope = trio.CancelScope()
+        self.has = False
+        self.told = ""
+        self.lets_go = True
+        host.processes.living[process.pid] = process.started
+
+    async def lease(self, daemon: Daemon, region: str, prot: Prot = Prot.RO) -> Program:
+        self.scope = trio.CancelScope()
+        await self._nursery.start(self._run, daemon, region, prot)
+        return self
+
+    async def _run(
+        self,
+        daemon: Daemon,
+        region: str,
+        prot: Prot,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with self.scope:
+            async with daemon.engine.lease(region, prot, self.process) as held:
+                self.has = True
+                task_status.started()
+                try:
+                    self.told = await held.wait_ending()
+                    if not self.lets_go:
+                        await trio.sleep_forever()
+                finally:
+                    self.has = False
+
+    def let_go(self) -> None:
+        """Close the connection."""
+        self.scope.cancel()
+
+    def die(self) -> None:
+        del self._host.processes.living[self.process.pid]
+        self.scope.cancel()
+
+
+def leased(daemon: Daemon) -> tuple[Lease, ...]:
+    return daemon.engine.snapshot().leases
+
+
+def regions(daemon: Daemon) -> list[str]:
+    return [region.region_id for region in daemon.engine.snapshot().regions]
+
+
+@pytest.mark.parametrize("end", [Program.let_go, Program.die], ids=["lets go", "dies"])
+async def test_a_region_stays_for_its_last_lease(
+    autojump_clock: MockClock, nursery: trio.Nursery, end: Callable[[Program], None]
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r", Prot.RW)
+        (lease,) = leased(daemon)
+        assert (lease.region_id, lease.prot, lease.process) == ("r", Prot.RW, PROCESS)
+        await host.tools.destroy(a)
+        await trio.sleep(100)
+        assert regions(daemon) == ["r"]
+        assert program.has
+        assert program.told == ""  # a member as good as any
+        end(program)
+        await host.check_clean()
+
+
+async def test_an_owner_that_ends_has_the_region_asked_back(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        owner = host.request("r", lifetime=Lifetime.OWNER)
+        a = await host.tools.create(host.config("a", owner))
+        b = await host.tools.create(host.config("b", host.borrow("r")))
+        program = await Program(host, nursery).lease(daemon, "r")
+        program.lets_go = False
+        del host.finder.files["b"]  # or it would be missed where it is taken away
+        await host.tools.destroy(a)
+        await host.until(lambda: bool(program.told), "the program is told")
+        assert program.told == "owner gone"
+        assert host.xen.foreign_frames(b.domid) == {}  # a guest needs not be asked
+        assert regions(daemon) == ["r"]
+        program.let_go()
+        await host.until(lambda: regions(daemon) == [], "the region is freed")
+        await host.tools.destroy(b)
+        await host.check_clean()
+
+
+async def test_remove_names_the_process_and_force_asks_it(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        program = await Program(host, nursery).lease(daemon, "r")
+        with pytest.raises(Conflict, match=r"process 77 \(viewer\)"):
+            await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)], dry_run=True)
+        assert program.told == ""
+        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        assert program.told == "removed by an administrator"
+        assert regions(daemon) == []
+        await host.check_clean()
+
+
+async def test_one_whose_last_member_is_the_process_goes_with_it(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r")
+        await host.tools.destroy(a)
+        await host.until(lambda: not daemon.engine.snapshot().guests, "the guest is gone")
+        (step,) = await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        assert (step.verb, step.region) == ("remove", "r")
+        assert program.told
+        await host.check_clean()
+
+
+async def test_a_process_that_does_not_let_go_is_not_overruled(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        program = await Program(host, nursery).lease(daemon, "r")
+        program.lets_go = False
+        before = trio.current_time()
+        with pytest.raises(Conflict, match="still mapped by process 77") as refusal:
+            await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        assert trio.current_time() - before == pytest.approx(leases.LET_GO_S)
+        assert refusal.value.facts["pid"] == 77
+        assert regions(daemon) == ["r"]
+        program.die()
+        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        await host.check_clean()
+
+
+async def test_a_region_that_is_asked_back_gets_no_new_lease(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        program = await Program(host, nursery).lease(daemon, "r")
+        program.lets_go = False
+
+        async def remove() -> None:
+            await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+
+        nursery.start_soon(remove)
+        await host.until(lambda: bool(program.told), "the program is told")
+        other = dataclasses.replace(PROCESS, pid=78)
+        with pytest.raises(Conflict, match="about to be removed"):
+            async with daemon.engine.lease("r", Prot.RO, other):
+                pass
+        program.let_go()
+        await host.check_clean()
+
+
+async def test_a_leased_region_stays_in_its_holder(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """A region that nobody has may move to where it is wanted; a mapping would be left behind."""
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="s", nr_frames=3))])
+        home = {one.region_id: one.holder_uuid for one in daemon.engine.snapshot().regions}
+        program = await Program(host, nursery).lease(daemon, "s")
+        a = await host.tools.create(host.config("a", host.request("r")))
+        b = host.config("b", host.borrow("r"), host.borrow("s", at=64), file=False)
+        with pytest.raises(Conflict):
+            await daemon.engine.declare(b)
+        now = {one.region_id: one.holder_uuid for one in daemon.engine.snapshot().regions}
+        assert now["s"] == home["s"]
+        program.let_go()
+        await host.until(lambda: not leased(daemon), "the lease is over")
+        await daemon.engine.declare(b)
+        await host.tools.destroy(a)
+        await daemon.engine.apply([RemoveRegion(region_id="s")])
+        await host.check_clean()
+
+
+async def test_a_lease_outlives_the_daemon_with_its_process(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r", Prot.RW)
+        await daemon.kill()
+        program.let_go()
+        await host.tools.destroy(a)
+        daemon = await host.start(reboot_grace_s=1)
+        await trio.sleep(100)
+        assert regions(daemon) == ["r"]
+        assert [lease.process for lease in leased(daemon)] == [PROCESS]
+        # Taken up again, it is one lease and not two; and it ends as any other.
+        await program.lease(daemon, "r")
+        assert [lease.prot for lease in leased(daemon)] == [Prot.RO]
+        program.let_go()
+        await host.check_clean()
+
+
+@pytest.mark.parametrize("started", [None, 4712], ids=["dead", "another"])
+async def test_a_process_that_died_while_the_daemon_was_away(
+    autojump_clock: MockClock, nursery: trio.Nursery, started: int | None
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r")
+        await daemon.kill()
+        program.die()
+        if started:
+            host.processes.living[PROCESS.pid] = started
+        daemon = await host.start()
+        await host.until(lambda: not leased(daemon), "the lease is over")
+        await host.tools.destroy(a)
+        await host.check_clean()
+
+
+async def test_a_dead_process_whose_connection_somebody_keeps_open(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r")
+        program.lets_go = False
+        del host.processes.living[PROCESS.pid]
+        await host.tools.destroy(a)
+        await host.check_clean()
+        assert program.told == "process ended"
+        program.scope.cancel()
+
+
+async def test_a_holder_that_somebody_destroys_ends_its_leases(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        a = await host.tools.create(host.config("a", host.request("r")))
+        program = await Program(host, nursery).lease(daemon, "r")
+        (holder,) = host.holders()
+        host.xen.destroy(holder)
+        await host.tools.destroy(a)
+        await host.until(lambda: bool(program.told), "the program is told")
+        assert program.told == "its region is lost"
+        assert leased(daemon) == ()
+
+
+async def test_what_no_lease_is_given_of(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        config = RegionConfig(region_id="r", nr_frames=3)
+        await daemon.engine.apply([AddRegion(config=config)])
+        ledger = daemon.engine._ledger
+        (region,) = ledger.regions
+        for terms, prot, rule in (
+            (RegionTerms(prot=Prot.RO), Prot.RW, "prot-above-owner"),
+            (RegionTerms(isolation=Isolation.SEALED), Prot.RO, "lease-isolation"),
+            (RegionTerms(isolation=Isolation.REGION), Prot.RO, "lease-isolation"),
+        ):
+            await ledger.put_region(dataclasses.replace(region, terms=terms))
+            with pytest.raises(Refused) as refusal:
+                async with daemon.engine.lease("r", prot, PROCESS):
+                    pass
+            assert refusal.value.facts["rule"] == rule
+        await ledger.put_region(region)
+        with pytest.raises(NoSuchRegion):
+            async with daemon.engine.lease("s", Prot.RO, PROCESS):
+                pass
+        assert leased(daemon) == ()
+        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await host.check_clean()
+
+
+async def test_there_is_always_a_connection_left_for_the_admin(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        programs = [
+            await Program(host, nursery, dataclasses.replace(PROCESS, pid=pid)).lease(daemon, "r")
+            for pid in range(100, 100 + leases.MOST)
+        ]
+        with pytest.raises(Refused, match="already"):
+            async with daemon.engine.lease("r", Prot.RO, PROCESS):
+                pass
+        for program in programs:
+            program.let_go()
+        await host.until(lambda: not leased(daemon), "the leases are over")
+        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await host.check_clean()
+
+
+async def test_everybody_hears_of_it(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        async with daemon.engine.monitor() as events:
+            program = await Program(host, nursery).lease(daemon, "r")
+            program.let_go()
+            heard = [await events.receive() for _ in range(2)]
+        assert [event.kind for event in heard] == [EventKind.LEASE_BEGAN, EventKind.LEASE_ENDED]
+        assert [event.lease.process for event in heard if event.lease] == [PROCESS] * 2
+        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await host.check_clean()
