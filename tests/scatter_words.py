@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar, cast
 
-from xshmd.engine.access import Access
 from xshmd.engine.copies import Copies
+from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import XshmError
-from xshmd.model import Guest, GuestState, Prot, Region, RegionRequest, Role, Snapshot
+from xshmd.model import Guest, GuestState, Holder, Prot, Region, RegionRequest, Role, Snapshot
 from xshmd.ports import Hypervisor, PartCopier, RegionsApi
 from xshmd.ranges import ByteRange, Part
 from xshmd.share.lists import Direction
@@ -85,14 +85,14 @@ class Toy:
 
     def __init__(self) -> None:
         self.memory = Memory()
-        self.region = Region(
+        self.only_region = Region(
             region_id="r", nr_frames=FRAMES, holder_uuid="h", holder_first_gfn=FIRST_GFN,
             ready=True,
         )  # fmt: skip
         self.guests = {name: self._guest(name) for name in PARTS}
         self._copies = Copies(
             xen=cast(Hypervisor, self.memory), worker=cast(XenWorker, self),
-            ledger=cast(Ledger, self), access=cast(Access, self),
+            ledger=cast(Ledger, self), holders=cast(Holders, self),
         )  # fmt: skip
         self.scatter = Scatter(cast(RegionsApi, self), cast(PartCopier, self))
 
@@ -111,10 +111,16 @@ class Toy:
     # -- what stands around the product's code ----------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(regions=(self.region,), guests=tuple(self.guests.values()))
+        return Snapshot(regions=(self.only_region,), guests=tuple(self.guests.values()))
 
-    def find(self, region_id: str) -> tuple[Region, DomId]:
-        return self.region, DomId(1)
+    def region(self, region_id: str) -> Region:
+        return self.only_region
+
+    def holder(self, uuid: str) -> Holder:
+        return Holder(uuid=uuid, domid=DomId(1), next_gfn=Gfn(0))
+
+    def verify(self, holder: Holder) -> None:
+        assert holder.uuid == self.only_region.holder_uuid
 
     def guest(self, generation: str) -> Guest | None:
         return next((one for one in self.guests.values() if one.generation == generation), None)

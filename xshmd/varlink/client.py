@@ -29,6 +29,8 @@ _SERVICE: Final = "org.varlink.service."
 _RECEIVE_BYTES: Final = 256 * 1024
 _SIGNAL_CHECK_S: Final = 0.25
 """How long one wait lasts: a signal that comes just before recv() blocks is only seen after it."""
+_POLL_S: Final = 0.001
+"""How long a look takes that should take no time: a socket with no time at all does not wait."""
 _DAEMON_HINT: Final = "see systemctl status xshmd"
 _OWN_FIELDS: Final = ("message", "hint", "facts", "self")
 
@@ -102,6 +104,50 @@ class Client:
         if reply.error:
             raise error_of(reply, method=full_name)
         yield reply.parameters
+
+    def begin(self, method: str, /, **parameters: Any) -> Parameters:
+        """Call a method with ``more`` and return its first reply; then use :meth:`next_reply`.
+
+        Raises:
+            DaemonUnreachable: Nobody answers.
+            XshmError: Whatever the daemon replied.
+        """
+        full_name, message = _encoded(method, parameters, Flag.MORE)
+        try:
+            reply = self._exchange(full_name, message, time.monotonic() + self._timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        if reply.error:
+            raise error_of(reply, method=full_name)
+        return reply.parameters
+
+    def next_reply(self, timeout_s: float) -> Parameters | None:
+        """Return the next reply of what :meth:`begin` began; None if there is none in time.
+
+        Raises:
+            DaemonUnreachable: The daemon ended it, or is gone.
+            XshmError: Whatever the daemon replied.
+        """
+        if self._socket is None:
+            raise errors.DaemonUnreachable("the connection to xshmd is closed", hint=_DAEMON_HINT)
+        try:
+            reply = self._exchange("", b"", time.monotonic() + max(timeout_s, _POLL_S))
+        except errors.TimedOut:
+            return None
+        except errors.XshmError:
+            self.close()
+            raise
+        if not reply.continues:
+            self.close()
+            if reply.error:
+                raise error_of(reply, method="")
+            raise errors.DaemonUnreachable("xshmd has stopped", hint=_DAEMON_HINT)
+        return reply.parameters
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is a reply; -1 if closed."""
+        return -1 if self._socket is None else self._socket.fileno()
 
     def _exchange(self, method: str, message: bytes, deadline: float) -> Reply:
         try:

@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 import uuid as uuid_module
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable
@@ -78,6 +78,24 @@ class MappedPages:
         """Set every byte of the mapping to ``value``."""
         self._window(0, 0)
         self._lib.memset(self._address, value, bytes_of(self._nr_frames))
+
+    def into_view(self, on_unmapped: Callable[[], None]) -> memoryview:
+        """Give the mapping up to a view of it: it lasts as long as that and all made from it.
+
+        Args:
+            on_unmapped: Called when it is over, by whichever thread drops the last view; until
+                then the hypervisor's own handles must stay open.
+        """
+        self._window(0, 0)
+        address, self._address = self._address, None
+        lib, handle, nr_frames = self._lib, self._handle, self._nr_frames
+
+        def unmap(_address: Any) -> None:
+            lib.xenforeignmemory_unmap(handle, address, nr_frames)
+            on_unmapped()
+
+        owned = self._ffi.gc(self._ffi.cast("char *", address), unmap)
+        return memoryview(self._ffi.buffer(owned, bytes_of(nr_frames)))
 
     def close(self) -> None:
         if self._address is not None:
