@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,11 +21,13 @@ from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
 from xshmd.config.toml import read_toml
 from xshmd.config.toml_write import render_toml
-from xshmd.engine import records
-from xshmd.errors import ConfigError, ConfigUnreadable, StoreError
-from xshmd.model import Arch, Place, RegionRequest
+from xshmd.config.xl_command import create_arguments
+from xshmd.engine import intents, records
+from xshmd.errors import ConfigError, ConfigUnreadable, StoreError, UsageError
+from xshmd.model import Arch, AttachRegion, Place, RegionRequest
 from xshmd.units import PAGE_SHIFT
 from xshmd.varlink import idl
+from xshmd.varlink import records as varlink_records
 from xshmd.varlink import wire as varlink_wire
 from xshmd.xen import store_wire
 
@@ -167,6 +170,47 @@ def record(data: bytes) -> None:
         assert kind("/xshmd/x/y", records.encode(found)) == found
 
 
+def intent(data: bytes) -> None:
+    """The journal of a set of changes: its head on the first line, then a node on each."""
+    try:
+        head, *lines = data.decode().split("\n")
+    except UnicodeDecodeError:
+        return
+    below = {name: text for name, _, text in (line.partition("=") for line in lines)}
+    try:
+        found = intents.decode("i", head, below)
+    except StoreError:
+        return
+    if found is None:
+        return
+    at = intents.intent_path("i")
+    again = {path.removeprefix(f"{at}/"): text for path, text in intents.nodes(found)}
+    assert intents.decode("i", again.pop(at), again) == found
+
+
+def xl_command(data: bytes) -> None:
+    """The command line of a process."""
+    found = create_arguments([os.fsdecode(word) for word in data.split(b"\0")])
+    assert found is None or found.config_file
+
+
+def varlink_changes(data: bytes) -> None:
+    """What a client wants changed, past the check against the interface."""
+    try:
+        call = varlink_wire.parse_call(data)
+        _REGIONS.check(_REGIONS.methods["Apply"].takes, call.parameters)
+    except (varlink_wire.ProtocolViolation, idl.Mismatch):
+        return
+    for fields in call.parameters["changes"]:
+        with contextlib.suppress(UsageError):
+            change = varlink_records.change_from(fields)
+            if isinstance(change, AttachRegion):
+                _sound(change.request)
+
+
+_REGIONS: Final = idl.load("io.xshmd.Regions")
+
+
 def varlink_message(data: bytes) -> None:
     """What a client sends, and what a server answers."""
     try:
@@ -176,10 +220,9 @@ def varlink_message(data: bytes) -> None:
     else:
         again = varlink_wire.parse_call(varlink_wire.encode_call(call)[:-1])
         assert (again.method, again.parameters) == (call.method, call.parameters)
-        interface = idl.load("io.xshmd.Regions")
-        for method in interface.methods.values():
+        for method in _REGIONS.methods.values():
             with contextlib.suppress(idl.Mismatch):
-                interface.check(method.takes, call.parameters)
+                _REGIONS.check(method.takes, call.parameters)
     try:
         reply = varlink_wire.parse_reply(data)
     except varlink_wire.ProtocolViolation:
@@ -251,6 +294,23 @@ TARGETS: Final = {
             name="record", run=record,
             words=_words("""{ } [ ] : , "v":1 "id" "frames" "holder" "domid" "uuid" "name" "state"
                 "attached" "requests" "terms" null true false -1 1e999 NaN "ended" "lifetime" """),
+        ),
+        Target(
+            name="intent", run=intent,
+            words=_words("""{ } [ ] : , "v":1 "committed" "reason" "attach" "detach" "late" "pauses"
+                "counting" "mapping" guest- create- lifetime- remove- = system members null true
+                -1 1e999 z: z:eJw \n"""),
+        ),
+        Target(
+            name="xl-command", run=xl_command,
+            words=(b"\0", b"create", b"-p", b"-f", b"--defconfig=", b"-N", b"--", b"=", b"-vvv"),
+        ),
+        Target(
+            name="varlink-changes", run=varlink_changes,
+            words=_words("""{ } [ ] : , "changes" "add" "remove" "attach" "detach" "entry" "region"
+                "guest" "id" "sizeBytes" "firstFrame" "frameCount" "offsetFrames" "terms" "prot"
+                "role" "backing" "hostFirstFrame" "cachePolicy" "lifetime" "dryRun" null true -1
+                4096 18446744073709551616 "host" "owner" "ro" """),
         ),
         Target(
             name="varlink-message", run=varlink_message,
