@@ -25,6 +25,7 @@ from xshmd.errors import NoSuchBuffer
 from xshmd.units import PAGE_SIZE
 from xshmd.varlink import caller, wire
 from xshmd.varlink.dispatch import Method
+from xshmd.varlink.peer import Peer
 from xshmd.varlink.server import open_listener, serve
 
 GUARD_S = 60
@@ -197,7 +198,7 @@ async def test_a_process_that_is_gone_already_has_none(served: Served) -> None:
 
     allocate = BufferMethods(served.calls).methods()["AllocateBuffer"]
     assert isinstance(allocate, Method)
-    client = caller.Caller(1, gone)
+    client = caller.Caller(Peer(pid=1, uid=0), gone)
     with client.serving(), pytest.raises(NoSuchBuffer, match="client 1 has ended"):
         await allocate.run({"pageCount": 1})
     assert served.calls.memory.pages == {}

@@ -57,6 +57,43 @@ def answering(path: Path, answers: list[bytes]) -> Iterator[str]:
         listening.close()
 
 
+def test_it_waits_in_line_where_many_connect(tmp_path: Path) -> None:
+    """A full backlog is no reason to say that there is no daemon."""
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as others:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen(0)
+        first = others.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(str(tmp_path / "socket"))
+
+        def answer() -> None:
+            listening.accept()[0].close()  # the first one's, which makes room
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"{}\0")
+
+        late = threading.Timer(0.1, answer)
+        late.start()
+        with Client(str(tmp_path / "socket"), timeout_s=20) as client:
+            assert client.call("Ping") == {}
+        late.join()
+
+
+def test_it_does_not_wait_in_line_for_ever(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as first:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen(0)
+        first.connect(str(tmp_path / "socket"))
+        client = Client(str(tmp_path / "socket"), timeout_s=0.05)
+        with client, pytest.raises(errors.TimedOut):
+            client.call("Ping")
+
+
+def test_what_says_too_much_at_once_is_not_sent(path: str) -> None:
+    with Client(path) as client, pytest.raises(errors.UsageError, match="too much at once"):
+        client.call("Apply", changes=[{}] * wire.MAX_WEIGHT)
+
+
 def test_many_calls_on_one_connection(path: str) -> None:
     with Client(path) as client:
         assert client.call("Ping") == {}

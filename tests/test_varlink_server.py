@@ -25,7 +25,8 @@ from xshmd.daemon import service
 from xshmd.errors import Conflict, Refused
 from xshmd.model import Guest
 from xshmd.varlink import wire
-from xshmd.varlink.server import Limits, open_listener, serve
+from xshmd.varlink.admission import Limits
+from xshmd.varlink.server import open_listener, serve
 
 PING = b'{"method":"io.xshmd.Regions.Ping"}\0'
 WAIT = b'{"method":"io.xshmd.Regions.WaitGuest","parameters":{"name":"ctl"}}\0'
@@ -305,26 +306,6 @@ async def test_others_get_permission_denied(tmp_path: Path) -> None:
         await peer.send(PING)
         assert await peer.reply() == {"error": "org.varlink.service.PermissionDenied"}
         await peer.assert_closed()
-
-
-@pytest.mark.parametrize(
-    "caps", [{"max_connections": 2}, {"max_connections_per_uid": 2}], ids=["total", "per uid"]
-)
-async def test_too_many_connections_are_closed_and_room_is_made_again(
-    tmp_path: Path, caps: dict[str, int]
-) -> None:
-    few = Limits(allowed_uids=frozenset({os.getuid()}), **caps)
-    async with served(tmp_path / "socket", few) as server, server.peer() as first:
-        async with server.peer() as second:
-            for peer in (first, second):
-                await peer.send(PING)
-                assert await peer.reply() == {}
-            async with server.peer() as third:
-                await third.assert_closed()
-        await trio.testing.wait_all_tasks_blocked()
-        async with server.peer() as fourth:
-            await fourth.send(PING)
-            assert await fourth.reply() == {}
 
 
 async def test_the_socket_is_for_its_owner_only(tmp_path: Path) -> None:

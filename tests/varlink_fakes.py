@@ -35,7 +35,8 @@ from xshmd.model import (
 from xshmd.ports import HeldLease, PartCopier, RegionsApi
 from xshmd.ranges import Part
 from xshmd.units import DomId, Gfn
-from xshmd.varlink.server import Limits, open_listener, serve
+from xshmd.varlink.admission import Limits
+from xshmd.varlink.server import open_listener, serve
 
 HOST = HostInfo(
     arch=Arch.X86_64,

@@ -72,7 +72,7 @@ class BufferMethods:
 
     @contextlib.contextmanager
     def _new_owner(self, client: Caller) -> Iterator[Owner]:
-        with self._xen.buffers.owner(f"client {client.pid}") as owner:
+        with self._xen.buffers.owner(f"client {client.peer.pid}") as owner:
             watch = trio.CancelScope()
             try:
                 pidfd = client.open_pidfd()

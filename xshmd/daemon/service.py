@@ -33,7 +33,7 @@ from xshmd.model import (
     RemoveRegion,
 )
 from xshmd.ports import RegionsApi
-from xshmd.varlink import idl, records, wire
+from xshmd.varlink import caller, idl, records, wire
 from xshmd.varlink.dispatch import (
     Dispatcher,
     Emit,
@@ -42,7 +42,6 @@ from xshmd.varlink.dispatch import (
     Method,
     Stream,
 )
-from xshmd.varlink.peer import current_peer
 from xshmd.varlink.wire import Parameters
 
 INTERFACE: Final = "io.xshmd.Regions"
@@ -236,7 +235,7 @@ class RegionsService:
         return {}
 
     async def _lease_region(self, parameters: Parameters, emit: Emit) -> Parameters:
-        peer = current_peer()
+        peer = caller.current().peer
         process = self._processes.describe(peer.pid, peer.uid)
         prot = Prot(parameters["prot"] or Prot.RO)
         async with self._api.lease(parameters["id"], prot, process) as held:

@@ -32,7 +32,7 @@ from xshmd.ports import Processes
 log = structlog.get_logger()
 
 MOST: Final = 24
-"""Leases at a time: each is a connection of root's, of which the socket has 32 in all."""
+"""Leases at a time: each is a connection of root's, of which the socket has 48 in all."""
 LET_GO_S: Final = 5.0
 """How long a process that is told to let go of a region may take."""
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol, TypeVar, cast
 
+from xshmd.varlink.peer import Peer
+
 T = TypeVar("T")
 
 SO_PEERPIDFD: Final = 77
@@ -25,12 +27,12 @@ class Caller:
     """One connection's client.
 
     Args:
-        pid: The process that opened the connection.
+        peer: The process that opened the connection.
         open_pidfd: Returns a new descriptor of that process, or raises ProcessLookupError.
     """
 
-    def __init__(self, pid: int, open_pidfd: Callable[[], int]) -> None:
-        self.pid, self.open_pidfd = pid, open_pidfd
+    def __init__(self, peer: Peer, open_pidfd: Callable[[], int]) -> None:
+        self.peer, self.open_pidfd = peer, open_pidfd
         self._kept: dict[object, Any] = {}
         self._ending = contextlib.ExitStack()
 

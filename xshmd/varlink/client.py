@@ -11,6 +11,7 @@ from __future__ import annotations
 import _socket as socket
 import math
 import os
+import sys
 import time
 
 from xshmd import errors
@@ -31,6 +32,7 @@ _SIGNAL_CHECK_S: Final = 0.25
 """How long one wait lasts: a signal that comes just before recv() blocks is only seen after it."""
 _POLL_S: Final = 0.001
 """How long a look takes that should take no time: a socket with no time at all does not wait."""
+_LONGEST_S: Final = 1e9
 _DAEMON_HINT: Final = "see systemctl status xshmd"
 _OWN_FIELDS: Final = ("message", "hint", "facts", "self")
 
@@ -180,8 +182,13 @@ class Client:
         if self._socket is None:
             stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                stream.settimeout(_left(deadline))
+                # Waits in line where many connect at once; a socket with a timeout of Python's own
+                # does not wait, but fails with EAGAIN (unix_stream_connect() in Linux).
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_left(deadline)))
                 stream.connect(self._path)
+            except BlockingIOError as exc:
+                stream.close()
+                raise TimeoutError from exc
             except BaseException:
                 stream.close()
                 raise
@@ -211,7 +218,17 @@ def _encoded(method: str, parameters: Parameters, flag: Flag) -> tuple[str, byte
     message = wire.encode_call(Call(full_name, given, flag))
     if len(message) > wire.MAX_LARGE_CALL_BYTES:
         raise errors.UsageError(f"a call of {method} has {len(message)} bytes: too many")
+    if wire.weight(message) > wire.MAX_WEIGHT:
+        raise errors.UsageError(
+            f"a call of {method} says too much at once", hint="say it in several calls"
+        )
     return full_name, message
+
+
+def _timeval(seconds: float) -> bytes:
+    """Return a struct timeval of the 64-bit systems that Xen runs on; 0 would be for ever."""
+    words = divmod(max(1, int(min(seconds, _LONGEST_S) * 1e6)), 1_000_000)
+    return b"".join(word.to_bytes(8, sys.byteorder) for word in words)
 
 
 def _left(deadline: float) -> float:

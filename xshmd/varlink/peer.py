@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which process a call comes from, for the few methods that are about their caller.
-
-It is in the context of the task that serves a connection, as the log's knowledge of it is.
-"""
+"""Which process is at the other end of a connection, as the kernel named it when it connected."""
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
+import socket
+import struct
+from typing import Final
+
+import trio
+
+_PEERCRED: Final = struct.Struct("=iII")
+"""struct ucred: pid, uid, gid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """The process at the other end of a connection, as the kernel named it when it connected."""
+    """The process that connected."""
 
     pid: int
     """0: it is in a PID namespace that is hidden from us."""
     uid: int
 
-
-_PEER: contextvars.ContextVar[Peer] = contextvars.ContextVar("xshmd_peer")
-
-
-def set_peer(peer: Peer) -> None:
-    """Say who is served in this task from now on."""
-    _PEER.set(peer)
-
-
-def current_peer() -> Peer:
-    """Return who is served in this task; LookupError if nobody is."""
-    return _PEER.get()
+    @classmethod
+    def of(cls, connected: trio.socket.SocketType) -> Peer:
+        """Ask the kernel who it was."""
+        packed = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+        pid, uid, _ = _PEERCRED.unpack(packed)
+        return cls(pid=pid, uid=uid)

@@ -7,16 +7,13 @@ one is under way, and a client that is slow or silent costs its own connection a
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import fcntl
 import os
 import select
 import socket
 import stat
-import struct
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
@@ -25,9 +22,10 @@ import trio
 
 from xshmd.errors import Conflict, Refused
 from xshmd.varlink import wire
+from xshmd.varlink.admission import Admission, Complaints, Limits, Seat
 from xshmd.varlink.caller import Caller, peer_pidfd
 from xshmd.varlink.dispatch import Dispatcher, permission_denied
-from xshmd.varlink.peer import Peer, set_peer
+from xshmd.varlink.peer import Peer
 from xshmd.varlink.wire import Call, ProtocolViolation, Reply
 
 _FIRST_FD: Final = 3
@@ -35,29 +33,11 @@ _FIRST_FD: Final = 3
 _FD_NAME: Final = "varlink"
 """What UAPI.20 has the listening socket called among several."""
 _BACKLOG: Final = 64
-_PEERCRED: Final = struct.Struct("=iII")
-"""struct ucred: pid, uid, gid."""
 _RECEIVE_BYTES: Final = 64 * 1024
 _FAREWELL_S: Final = 1.0
 """How long a client may take to read the last reply of a stream when the daemon stops."""
 
 log = structlog.get_logger()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one client, and all of them together, may take of the daemon."""
-
-    allowed_uids: frozenset[int] = frozenset({0})
-    """Whose calls are answered; others get PermissionDenied."""
-    max_connections: int = 64
-    max_connections_per_uid: int = 32
-    idle_timeout_s: float = 300.0
-    """How long a connection may be silent between calls."""
-    request_timeout_s: float = 10.0
-    """How long a call may take from its first byte to its NUL."""
-    send_timeout_s: float = 10.0
-    """How long a client may take to read a reply."""
 
 
 async def serve(
@@ -73,79 +53,84 @@ async def serve(
 
 
 class _Server:
-    """What the connections have in common: their number, and what answers them."""
+    """What the connections have in common."""
 
     def __init__(self, dispatcher: Dispatcher, limits: Limits) -> None:
-        self._dispatcher = dispatcher
-        self._limits = limits
-        self._connections: collections.Counter[int] = collections.Counter()
+        self.dispatcher = dispatcher
+        self.limits = limits
+        self.complaints = Complaints()
+        self._admission = Admission(limits)
 
     async def connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection until it ends.  Whatever goes wrong ends this one alone."""
         try:
             async with stream:
-                pid, uid = _peer(stream)
+                peer = Peer.of(stream.socket)
                 # Whatever is logged on this connection's behalf says who it is.
-                structlog.contextvars.bind_contextvars(client_uid=uid, client_pid=pid)
-                set_peer(Peer(pid=pid, uid=uid))
-                with self._counted(uid) as admitted:
-                    if not admitted:
-                        log.warning("connection refused, too many", uid=uid)
+                structlog.contextvars.bind_contextvars(client_uid=peer.uid, client_pid=peer.pid)
+                scope = trio.CancelScope()
+                with self._admission.seat(peer, scope.cancel) as seat:
+                    if seat is None:
+                        self.complaints.warn("connection refused, too many", uid=peer.uid)
                         return
-                    client = Caller(pid, lambda: peer_pidfd(stream.socket, pid))
+                    client = Caller(peer, lambda: peer_pidfd(stream.socket, peer.pid))
                     with client.serving():
-                        await _Connection(stream, uid, self._dispatcher, self._limits).run()
+                        await _Connection(stream, seat, scope, self).run()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("client went away")
         except Exception:
             log.exception("connection failed")
 
-    @contextlib.contextmanager
-    def _counted(self, uid: int) -> Iterator[bool]:
-        if (
-            self._connections.total() >= self._limits.max_connections
-            or self._connections[uid] >= self._limits.max_connections_per_uid
-        ):
-            yield False
-            return
-        self._connections[uid] += 1
-        try:
-            yield True
-        finally:
-            self._connections[uid] -= 1
-
 
 class _Connection:
     def __init__(
-        self, stream: trio.SocketStream, uid: int, dispatcher: Dispatcher, limits: Limits
+        self, stream: trio.SocketStream, seat: Seat, scope: trio.CancelScope, server: _Server
     ) -> None:
-        self._stream = stream
-        self._uid = uid
-        self._dispatcher = dispatcher
-        self._limits = limits
-        self._allowed = uid in limits.allowed_uids
+        self._stream, self._seat, self._scope = stream, seat, scope
+        self._dispatcher, self._limits = server.dispatcher, server.limits
+        self._complaints = server.complaints
+        self._uid = seat.peer.uid
+        self._allowed = self._uid in self._limits.allowed_uids
         self._decoder = wire.Decoder(
             wire.MAX_LARGE_CALL_BYTES if self._allowed else wire.MAX_CALL_BYTES
         )
-        self._scope = trio.CancelScope()
         self._sending = False
         """True from the first byte of a reply to its last, and for ever if one was cut off."""
 
     async def run(self) -> None:
         with self._scope:
             try:
-                while (message := await self._next_message()) is not None:
-                    if not self._allowed:
-                        log.warning("client refused", uid=self._uid)
-                        await self._send(permission_denied())
-                        return
-                    await self._answer(self._dispatcher.parse(message))
+                while await self._serve_one():
+                    pass
             except ProtocolViolation as exc:
-                log.warning("protocol violated, connection closed", uid=self._uid, reason=str(exc))
+                self._complaints.warn(
+                    "protocol violated, connection closed", uid=self._uid, reason=str(exc)
+                )
 
-    async def _next_message(self) -> bytes | None:
-        """Return the next message, or None when the client has ended or been silent too long."""
+    async def _serve_one(self) -> bool:
+        """Take a message and answer it; False if that was the last."""
+        async with contextlib.AsyncExitStack() as room:
+            message = await self._next_message(room)
+            if message is None:
+                return False
+            if not self._allowed:
+                self._complaints.warn("client refused", uid=self._uid)
+                await self._send(permission_denied())
+                return False
+            async with self._seat.turn(wire.weight(message)):
+                call = self._dispatcher.parse(message)
+            with self._seat.busy():
+                await self._answer(call)
+        return True
+
+    async def _next_message(self, room: contextlib.AsyncExitStack) -> bytes | None:
+        """Return the next message, or None when the client has ended or been silent too long.
+
+        Args:
+            room: What a large one takes is held by this.
+        """
         deadline: float | None = None
+        is_large = False
         while (message := self._decoder.next_message()) is None:
             if not self._decoder.pending:
                 expiry = trio.current_time() + self._limits.idle_timeout_s
@@ -153,6 +138,11 @@ class _Connection:
                 expiry = deadline = trio.current_time() + self._limits.request_timeout_s
             else:
                 expiry = deadline
+            if not is_large and self._decoder.buffered_bytes > wire.MAX_CALL_BYTES:
+                await room.enter_async_context(self._seat.large())
+                is_large = True
+                # Waiting for its turn was not the client's delay.
+                expiry = deadline = trio.current_time() + self._limits.request_timeout_s
             data = b""
             with trio.CancelScope(deadline=expiry):
                 data = bytes(await self._stream.receive_some(_RECEIVE_BYTES))
@@ -208,13 +198,6 @@ class _Connection:
                 log.debug("client went away")
         if self._sending:
             self._scope.cancel()
-
-
-def _peer(stream: trio.SocketStream) -> tuple[int, int]:
-    """Return pid and uid of the process that connected."""
-    packed = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-    pid, uid, _ = _PEERCRED.unpack(packed)
-    return pid, uid
 
 
 def open_listener(

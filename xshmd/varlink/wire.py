@@ -28,6 +28,10 @@ MAX_REPLY_BYTES: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 32
 """How deep the values of a message may be nested."""
 
+MAX_WEIGHT: Final = 1 << 16
+"""How heavy a call may be: a value takes up to a hundred times its length of memory."""
+_WEIGHTY: Final = (b"{", b"[", b":", b",")
+
 
 class ProtocolViolation(Exception):
     """The peer sent something Varlink does not allow; the connection can only be closed."""
@@ -111,6 +115,11 @@ class Decoder:
         """Whether bytes are buffered that no message has been made of."""
         return bool(self._buffer)
 
+    @property
+    def buffered_bytes(self) -> int:
+        """How many bytes are buffered."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> None:
         """Add bytes as they were received; call :meth:`next_message` until it returns None."""
         self._buffer += data
@@ -133,12 +142,19 @@ class Decoder:
         return message
 
 
+def weight(message: bytes) -> int:
+    """Return about how many values a message has, never too few: that is what reading it costs."""
+    return sum(message.count(mark) for mark in _WEIGHTY)
+
+
 def parse_call(message: bytes) -> Call:
     """Return the call a message holds.
 
     Raises:
         ProtocolViolation: It is no call, so that no reply to it is defined.
     """
+    if weight(message) > MAX_WEIGHT:
+        raise ProtocolViolation(f"a call has more than {MAX_WEIGHT} values")
     fields = _object(message)
     method = _take(fields, "method", str)
     if method is None:
