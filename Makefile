@@ -8,8 +8,8 @@ TEST_ARCHES ?= arm64 x86_64
 MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
-.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz mutants sweep crashes \
-	differential clean
+.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz attack mutants sweep \
+	crashes differential clean
 
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
@@ -56,6 +56,12 @@ SWEEP = XSHMD_SWEEP_STEP=1
 fuzz:
 	@set -e; py=$(PY); $$py -m pip install -q 'atheris>=2.3'; \
 	cd tests; PYTHONPATH=.:.. $$py -m fuzz --seconds $(FUZZ_SECONDS)
+
+# Clients of the socket gone wrong, and what a good one notices of each.
+ATTACK_SECONDS ?= 10
+
+attack:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m attack --seconds $(ATTACK_SECONDS)
 
 mutants:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants

@@ -3,13 +3,14 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xshmd.config.findings import errors_of, raise_all
-from xshmd.config.static_shm import KEY, OLD_KEY, parse_entry, render_entry, requests
+from xshmd.config.static_shm import ENOUGH_ERRORS, KEY, OLD_KEY, parse_entry, render_entry, requests
 from xshmd.config.xlcfg import parse
 from xshmd.errors import ConfigError
 from xshmd.model import (
@@ -328,6 +329,15 @@ def test_each_entry_has_its_own_place() -> None:
         "vm.cfg:2: static_shm[0]",
         "vm.cfg:4: static_shm[1]",
     ]
+
+
+def test_after_a_hundred_errors_a_list_is_not_read_on() -> None:
+    """What is wrong with a list of ten thousand need not take a message, nor memory, for each."""
+    found, errors = from_value("[" + "'id=r',\n" * 10_000 + "]")
+    assert found == ()
+    assert ENOUGH_ERRORS < len(errors) < ENOUGH_ERRORS + 5
+    assert re.search(r"static_shm\[\d+\]: this entry and the 99\d\d after it", errors[-1].message)
+    assert errors[-1].facts["rule"] == "too-much-wrong"
 
 
 def test_a_string_is_no_list_of_entries() -> None:

@@ -162,12 +162,22 @@ async def test_good_messages_before_a_bad_one_are_still_answered(server: Served)
 
 
 async def test_a_configuration_file_may_be_large(server: Served) -> None:
-    text = 'name = "big"\n' + "# padding\n" * 50_000
+    text = 'name = "big"\n' + "# padding\n" * 20_000
     assert len(text) > wire.MAX_CALL_BYTES
     call = wire.Call("io.xshmd.Regions.DeclareGuest", {"file": "big.cfg", "text": text})
     async with server.peer() as peer:
         await peer.send(wire.encode_call(call))
         assert await peer.reply() == {"parameters": {"name": "big", "regions": []}}
+
+
+async def test_a_file_that_no_guest_has_is_refused_with_a_reason(server: Served) -> None:
+    text = "#" * (wire.MAX_CONFIG_BYTES + 1)
+    call = wire.Call("io.xshmd.Regions.DeclareGuest", {"file": "big.cfg", "text": text})
+    async with server.peer() as peer:
+        await peer.send(wire.encode_call(call))
+        said = await peer.reply()
+        assert said["error"] == "io.xshmd.Regions.UnreadableConfiguration"
+        assert said["parameters"]["message"].startswith("big.cfg: 256 KiB")
 
 
 async def test_a_waiting_client_blocks_nobody(server: Served) -> None:

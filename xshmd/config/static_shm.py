@@ -39,6 +39,8 @@ __all__ = ["EXAMPLE", "KEY", "KEYS", "OLD_KEY", "parse_entry", "render_entry", "
 
 KEYS: Final = (KEY, OLD_KEY)
 """The keys of a configuration that are about us; both may be there."""
+ENOUGH_ERRORS: Final = 100
+"""After so many the rest of a list is not read: it is no list of ours, or one mistake is in all."""
 
 
 def requests(
@@ -49,7 +51,8 @@ def requests(
     Args:
         setting: What the configuration has for the key.
         file: What messages call the configuration.
-        errors: Every broken rule is appended here; the entry it is in is then left out.
+        errors: Every broken rule is appended here, up to some hundred; the entry it is in is then
+            left out.
         key: Which of :data:`KEYS` it is; the older one has entries of the older form.
     """
     if isinstance(setting.value, XlString):
@@ -62,6 +65,11 @@ def requests(
     found: list[RegionRequest] = []
     for index, item in enumerate(setting.value.items):
         place = Place(file=file, key=f"{key}[{index}]", line=item.line)
+        if len(errors) >= ENOUGH_ERRORS:
+            left = len(setting.value.items) - index
+            what = f"this entry and the {left - 1} after it are not read: too much is wrong before"
+            errors.append(config_error(place, what, hint="mend that first", rule="too-much-wrong"))
+            break
         if not isinstance(item, XlString):
             what, hint = "the entry is a list, not a string", f'write it as "{EXAMPLE}"'
             errors.append(config_error(place, what, hint=hint, rule="not-a-string"))

@@ -18,7 +18,7 @@ from xshmd.ctl.signals import Signals
 from xshmd.ctl.xl import Xl
 from xshmd.units import human_size
 from xshmd.varlink.client import Client
-from xshmd.varlink.wire import MAX_LARGE_CALL_BYTES
+from xshmd.varlink.wire import MAX_CONFIG_BYTES
 
 _SPARE_S: Final = 10
 """How much longer than the daemon we wait: its reason is better than our timeout."""
@@ -97,7 +97,7 @@ def config_text(file: str, overrides: list[str]) -> str:
         raise errors.ConfigUnreadable(
             f"{file}:{line}: not UTF-8", hint="save it as UTF-8", file=file, place=f"line {line}"
         ) from exc
-    if len(data) > MAX_LARGE_CALL_BYTES // 2:
+    if len(data) > MAX_CONFIG_BYTES:
         raise errors.ConfigUnreadable(
             f"{file}: {human_size(len(data))} are too much for a guest's configuration",
             hint="is it another file that you meant?",

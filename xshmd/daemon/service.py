@@ -20,7 +20,7 @@ from xshmd import __version__
 from xshmd.config.guest import guest_config
 from xshmd.daemon.processes import ProcProcesses
 from xshmd.daemon.replies import host_fields, status_fields
-from xshmd.errors import NoSuchRegion
+from xshmd.errors import ConfigUnreadable, NoSuchRegion
 from xshmd.model import (
     AddRegion,
     Arch,
@@ -33,6 +33,7 @@ from xshmd.model import (
     RemoveRegion,
 )
 from xshmd.ports import RegionsApi
+from xshmd.units import human_size
 from xshmd.varlink import caller, idl, records, wire
 from xshmd.varlink.dispatch import (
     Dispatcher,
@@ -76,6 +77,7 @@ class RegionsService:
     def __init__(self, api: RegionsApi) -> None:
         self._api = api
         self._processes = ProcProcesses()
+        self._reading = trio.CapacityLimiter(1)
 
     def methods(self) -> dict[str, Method | Stream]:
         """Return the method table, by the names of the interface definition."""
@@ -145,12 +147,18 @@ class RegionsService:
     # -- a guest that is about to be made -------------------------------------------------------
 
     async def _declare_guest(self, parameters: Parameters) -> Parameters:
+        text, file = parameters["text"], parameters["file"]
+        if len(text) > wire.MAX_CONFIG_BYTES:
+            raise ConfigUnreadable(
+                f"{file}: {human_size(len(text))} are too much for a guest's configuration",
+                hint="is it another file that you meant?",
+                file=file,
+            )
         # What xl makes of a configuration that says no type depends on the architecture.
         arch = (await self._api.host()).arch
-        # In a thread: a megabyte of configuration must not keep everybody else waiting.
-        config = await trio.to_thread.run_sync(
-            _parsed, parameters["text"], parameters["file"], arch
-        )
+        # In a thread, one at a time: a megabyte of configuration must not keep everybody else
+        # waiting, nor several of them take the memory that is needed to read one.
+        config = await trio.to_thread.run_sync(_parsed, text, file, arch, limiter=self._reading)
         config = await self._api.declare(config)
         return {
             "name": config.name,

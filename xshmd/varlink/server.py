@@ -119,6 +119,7 @@ class _Connection:
                 return False
             async with self._seat.turn(wire.weight(message)):
                 call = self._dispatcher.parse(message)
+            del message  # a large one takes its memory once
             with self._seat.busy():
                 await self._answer(call)
         return True

@@ -23,6 +23,8 @@ MAX_CALL_BYTES: Final = 64 * 1024
 """What a call may be long unless its method says otherwise."""
 MAX_LARGE_CALL_BYTES: Final = 1024 * 1024
 """What any call may be long: one that carries a configuration file."""
+MAX_CONFIG_BYTES: Final = 256 * 1024
+"""How long a guest's configuration may be in one: to read it takes twenty times the memory."""
 MAX_REPLY_BYTES: Final = 16 * 1024 * 1024
 """What a client is ready to buffer of one reply."""
 MAX_DEPTH: Final = 32
@@ -136,7 +138,8 @@ class Decoder:
         if end < 0:
             self._searched = len(self._buffer)
             return None
-        message = bytes(self._buffer[:end])
+        with memoryview(self._buffer) as buffered:
+            message = bytes(buffered[:end])
         del self._buffer[: end + 1]
         self._searched = 0
         return message
