@@ -67,7 +67,7 @@ mutants:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants
 
 sweep:
-	@set -e; py=$(PY); $(SWEEP) $$py -m pytest tests/test_engine_crash.py tests/test_engine_faults.py
+	@set -e; py=$(PY); $(SWEEP) $$py -m pytest $(addprefix tests/test_engine_,crash.py faults.py cancel.py)
 
 # A share of 1 cuts every first life at every place; a smaller one is a sample of the whole tree.
 CRASH_SECONDS ?= 3600
