@@ -163,7 +163,7 @@ def problem_1_many_users_at_once(xen: Hypervisor, make: ContractHost) -> None:
     def user(number: int) -> None:
         try:
             with calls.buffers.owner(f"user {number}") as owner:
-                for turn in range(25):
+                for turn in range(8):
                     buffer = owner.alloc_buf(1 + (number + turn) % 3)
                     filler = owner.alloc_mem(buffer, ALIGN_BYTES * (1 + number))
                     reference = owner.alloc_mem(buffer, 16)
@@ -176,7 +176,7 @@ def problem_1_many_users_at_once(xen: Hypervisor, make: ContractHost) -> None:
         except XshmError as error:
             wrong.append(f"user {number}: {error}")
 
-    users = [threading.Thread(target=user, args=(number,)) for number in range(8)]
+    users = [threading.Thread(target=user, args=(number,)) for number in range(4)]
     for thread in users:
         thread.start()
     for thread in users:
