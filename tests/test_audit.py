@@ -17,7 +17,7 @@ from varlink_fakes import OWNER, FakeRegions, request
 
 from xshmd.daemon import audit
 from xshmd.engine.events import EventHub
-from xshmd.errors import Refused
+from xshmd.errors import Refused, combined
 from xshmd.model import (
     AddRegion,
     AttachRegion,
@@ -201,6 +201,11 @@ async def test_what_was_refused_is_written_down_with_its_reason() -> None:
     with capture_logs() as entries, pytest.raises(Refused):
         await audited.apply([RemoveRegion(region_id="r0")])
     assert entries[0]["outcome"].startswith("refused: no")
+    assert entries[0]["rule"] == ["Refused"]
+    api.refusal = combined([Refused("no", rule="one"), Refused("nor", rule="two")])
+    with capture_logs() as entries, pytest.raises(Refused):
+        await audited.apply([RemoveRegion(region_id="r0")])
+    assert entries[0]["rule"] == ["one", "two"]
 
 
 def test_nothing_of_the_interface_is_left_out() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from xshmd import errors
-from xshmd.config import static_shm, toml
+from xshmd.config import host_policy, static_shm, toml
 from xshmd.config.entry_forms import FORMS_OF_KEY, Form
 from xshmd.ctl import args, verbs
 from xshmd.ctl.__main__ import main
@@ -154,6 +154,8 @@ def test_every_exit_status_is_explained() -> None:
         ("[region.ID]", set(toml.REGION_KEYS) - {"guest"}),
         ("[region.ID.guest.NAME]", set(toml.MEMBER_KEYS)),
         ("[guest.NAME]", set(toml.GUEST_KEYS)),
+        ("[limits]", {*host_policy.COUNTS, *host_policy.SIZES}),
+        ("[allow.NAME]", set(host_policy.ALLOW_KEYS)),
     ],
 )
 def test_every_key_of_toml_is_explained(title: str, keys: set[str]) -> None:
@@ -193,6 +195,14 @@ def test_the_examples_hold(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     for together in [files] if kind == "xl" else [[file] for file in files]:
         status = main(["check", "--arch", "x86_64", *map(str, together)])
         assert status == 0, capsys.readouterr()
+
+
+def test_the_example_of_limits_holds(tmp_path: Path) -> None:
+    (text,) = examples("policy")
+    (tmp_path / host_policy.NAME).write_text(text)
+    assert main(["check", str(tmp_path / host_policy.NAME)]) == 0
+    policy = host_policy.read_policy(text.encode(), file="example")
+    assert [one.name for one in policy.allowed] == ["control", "video"]
 
 
 COMMANDS = [line for block in examples("command") for line in block.splitlines() if line]

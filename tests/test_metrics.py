@@ -28,7 +28,7 @@ from xshmd.model import Event, EventKind
 STATISTICS = {
     "attaches": 5, "detaches": 2, "refusals": 1, "messages_sent": 321, "events_dropped": 0,
     "uptime_seconds": 17, "guests_attached": 3, "attach_microseconds": 1_500_000,
-    "something_new": 4,
+    "something_new": 4, "refusals_too-many-regions": 2, "refusals_Conflict": 1,
 }  # fmt: skip
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\n"])*)"(,|$)')
@@ -79,7 +79,7 @@ def test_says_what_there_is() -> None:
     assert plain == {
         "xshmd_up": 1, "xshmd_regions": 1, "xshmd_holders": 1, "xshmd_shared_bytes": 1 << 20,
         "xshmd_host_free_bytes": 1 << 30, "xshmd_attach_total": 5, "xshmd_detach_total": 2,
-        "xshmd_refused_total": 1, "xshmd_xenstore_messages_total": 321,
+        "xshmd_guests_refused_total": 1, "xshmd_xenstore_messages_total": 321,
         "xshmd_events_dropped_total": 0, "xshmd_uptime_seconds": 17,
         "xshmd_guests_attached_total": 3, "xshmd_attach_seconds_total": 1.5,
     }  # fmt: skip
@@ -87,6 +87,8 @@ def test_says_what_there_is() -> None:
     assert states == {
         "held": 0, "attaching": 0, "mapping": 0, "attached": 1, "rebooting": 1, "doomed": 0,
     }  # fmt: skip
+    refused = {dict(ls)["rule"]: v for (n, ls), v in samples.items() if n == "xshmd_refused_total"}
+    assert refused == {"too-many-regions": 2, "Conflict": 1}
     (build,) = (dict(labels) for (name, labels) in samples if name == "xshmd_build_info")
     assert (build["xen"], build["arch"]) == ("4.20.4", "x86_64")
     assert {name for name, kind in types.items() if kind == "counter"} == {

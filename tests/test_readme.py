@@ -38,7 +38,8 @@ def test_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     assert blocks
     for number, block in enumerate(blocks):
-        file = tmp_path / f"example-{number}.toml"
+        named = re.match(r"# /etc/xshmd/(\S+)\n", block)
+        file = tmp_path / (named[1] if named else f"example-{number}.toml")
         file.write_text(block)
         assert main(["check", "--arch", "arm64", str(file)]) == 0, capsys.readouterr().err
 

@@ -257,6 +257,12 @@ def combined(errors: Sequence[XshmError]) -> XshmError:
     return spokesman
 
 
+def rules_of(error: XshmError) -> tuple[str, ...]:
+    """Return the names of the rules that an error says are broken, or of what else it says."""
+    parts = error.parts or (error,)
+    return tuple(dict.fromkeys(str(one.facts.get("rule") or one.varlink_error) for one in parts))
+
+
 def all_errors() -> tuple[type[XshmError], ...]:
     """Return :class:`XshmError` and every class below it, parents first."""
     found: list[type[XshmError]] = [XshmError]

@@ -227,12 +227,67 @@ class EventChannel:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The most of something, or of the host's free memory the least; and where that was written."""
+
+    value: int
+    """A number of things, or of frames."""
+    place: Place
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an administrator limits; None where nothing is."""
+
+    regions: Limit | None = None
+    """How many there are."""
+    memory: Limit | None = None
+    """How many frames they have, of fresh memory, all together."""
+    members: Limit | None = None
+    """How many guests have any one region."""
+    leases: Limit | None = None
+    """How many leases processes of the control domain have."""
+    regions_per_guest: Limit | None = None
+    memory_per_guest: Limit | None = None
+    """How many frames one guest has, of all of its regions."""
+    free_memory: Limit | None = None
+    """How many frames of the host are left free when a region is made."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Allowed:
+    """Guests that may share regions with one another, all by shell patterns."""
+
+    name: str
+    guests: tuple[str, ...]
+    regions: tuple[str, ...] = ("*",)
+    """The ids of the regions that they may have."""
+    dom0: bool = False
+    """Whether processes of the control domain may have these regions as well."""
+    place: Place = NOWHERE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostPolicy:
+    """What an administrator lets guests have, whatever their own configurations say."""
+
+    limits: Limits = Limits()
+    allowed: tuple[Allowed, ...] = ()
+    """Without any, every guest may share with every other; else only those that one of these
+    names."""
+
+
+NO_POLICY: Final = HostPolicy()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Declarations:
     """Everything that some configuration files say, in the order they say it."""
 
     regions: tuple[RegionConfig, ...] = ()
     guests: tuple[GuestConfig, ...] = ()
     event_channels: tuple[EventChannel, ...] = ()
+    policy: HostPolicy = NO_POLICY
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -477,6 +532,8 @@ class Event:
     """Why, in a few words, e.g. ``guest created``, ``admin``, ``owner gone``, ``reload``."""
     lease: Lease | None = None
     """For LEASE_BEGAN and LEASE_ENDED."""
+    rules: tuple[str, ...] = ()
+    """For GUEST_REFUSED: the names of the rules that are broken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from xshmd.model import (
     Guest,
     GuestConfig,
     HostInfo,
+    HostPolicy,
     HostRange,
     Lease,
     MemoryRange,
@@ -282,6 +283,14 @@ class ConfigFinder(Protocol):
         """Return every region that a readable file in the usual places defines for the system."""
         ...
 
+    def policy(self) -> HostPolicy:
+        """Return what the administrator lets guests have, as the file says now.
+
+        Raises:
+            ConfigError, ConfigUnreadable: it is wrong; nobody may have anything new.
+        """
+        ...
+
     def declarations(self) -> Declarations:
         """Read all files of ours anew, and return what they say.
 
@@ -441,7 +450,8 @@ class RegionsApi(Protocol):
     def statistics(self) -> Mapping[str, int]:
         """Return counters since the daemon's start, by name; names are part of the contract.
 
-        ``last_reload_at`` is in seconds since the epoch, and 0 if there was no reload.
+        ``last_reload_at`` is in seconds since the epoch, and 0 if there was no reload.  What was
+        refused is counted as ``refusals_`` and the name of the rule that it broke.
         """
         ...
 

@@ -314,7 +314,7 @@ class Host:
 
     def refusals(self, since: int) -> list[tuple[str, str]]:
         """(guest, reason) of every refusal in the log."""
-        line = r"^<3>guest refused guest=('.*?') domid=\d+ (?:holder='\S+' )?why=(.*)$"
+        line = r"^<3>guest refused guest=('.*?') domid=\d+ (?:holder='\S+' )?rule=\[.*?\] why=(.*)$"
         pattern = re.compile(line, re.M)
         return [
             (ast.literal_eval(name), ast.literal_eval(reason))

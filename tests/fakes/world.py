@@ -24,11 +24,13 @@ from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XshmError
 from xshmd.model import (
+    NO_POLICY,
     Arch,
     Declarations,
     Guest,
     GuestConfig,
     GuestState,
+    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,
@@ -74,6 +76,8 @@ class FakeFinder:
         self.files: dict[str, GuestConfig | XshmError] = {}
         self.defined: list[RegionConfig] = []
         """Regions apart from any guest."""
+        self.rules: HostPolicy | XshmError = NO_POLICY
+        """What the administrator allows."""
         self.declared: set[str] = set()
         """Guests whose file is one of ours, rather than xl's."""
 
@@ -95,6 +99,11 @@ class FakeFinder:
 
     def regions(self) -> tuple[RegionConfig, ...]:
         return tuple(self.defined)
+
+    def policy(self) -> HostPolicy:
+        if isinstance(self.rules, XshmError):
+            raise self.rules
+        return self.rules
 
     def declarations(self) -> Declarations:
         for found in self.files.values():

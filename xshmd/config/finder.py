@@ -15,6 +15,8 @@ from pathlib import Path
 
 from xshmd.config.findings import errors_of
 from xshmd.config.guest import normalised_uuid
+from xshmd.config.host_policy import DIRECTORIES as POLICY_DIRECTORIES
+from xshmd.config.host_policy import PolicyFile
 from xshmd.config.joining import by_name, is_open, joined, put_together, sizes_of
 from xshmd.config.lookup import DIRECTORIES
 from xshmd.config.region_files import Reading, RegionFiles
@@ -24,6 +26,7 @@ from xshmd.model import (
     Arch,
     Declarations,
     GuestConfig,
+    HostPolicy,
     RegionConfig,
 )
 from xshmd.policy.placement import placed
@@ -38,6 +41,7 @@ class Finder:
         own_directory: Our own files, ``<name>.cfg`` or ``<uuid>.cfg``.
         region_directories: Where regions are defined, see :mod:`xshmd.config.lookup`.
         xl_directories: Where administrators keep xl configurations, first found first.
+        policy_directories: Where limits and allow-lists are, see :mod:`xshmd.config.host_policy`.
         proc: The proc file system.
         xl_uid: Only processes of this user are believed to be xl.
         on_skip: Told of each file that mentions shared memory and cannot be used, and why; for
@@ -51,12 +55,14 @@ class Finder:
         own_directory: Path = OWN_DIRECTORY,
         region_directories: Sequence[Path] = DIRECTORIES,
         xl_directories: Sequence[Path] = XL_DIRECTORIES,
+        policy_directories: Sequence[Path] = POLICY_DIRECTORIES,
         proc: Path = Path("/proc"),
         xl_uid: int = 0,
         on_skip: Callable[[str, str], None] = lambda file, reason: None,
     ) -> None:
         self._arch = arch
         self._regions = RegionFiles(region_directories)
+        self._policy = PolicyFile(policy_directories)
         self._xl = XlFiles(
             arch=arch,
             own_directory=own_directory,
@@ -102,6 +108,14 @@ class Finder:
         """Return every region that a readable file in the usual places defines for the system."""
         return self._good(self._regions.read()).regions
 
+    def policy(self) -> HostPolicy:
+        """Return what the administrator lets guests have.
+
+        Raises:
+            ConfigError, ConfigUnreadable: the file is wrong.
+        """
+        return self._policy.read()
+
     def declarations(self) -> Declarations:
         """Read all files of ours anew, and return what they say, each guest once.
 
@@ -113,6 +127,10 @@ class Finder:
         """
         broken: list[XshmError] = []
         parts: list[Declarations] = []
+        try:
+            self._policy.read()
+        except XshmError as error:
+            broken.append(error)
         for reading in self._regions.read():
             if isinstance(reading.result, XshmError):
                 broken.append(reading.result)

@@ -138,12 +138,16 @@ def render(declarations: Declarations, form: Form, arch: Arch) -> tuple[str, tup
 def _read(data: bytes, file: str, form: Form, arch: Arch | None) -> Declarations:
     match form:
         case Form.TOML:
+            from xshmd.config import host_policy
             from xshmd.config.toml import read_toml
             from xshmd.config.toml_tree import Source
 
             drop_ins = [
                 Source(str(path), read_regular(path)) for path in drop_ins_beside(Path(file))
             ]
+            if Path(file).name == host_policy.NAME:
+                policy = host_policy.read_policy(data, file=file, drop_ins=drop_ins)
+                return Declarations(policy=policy)
             return read_toml(data, file=file, drop_ins=drop_ins)
         case Form.DTS:
             from xshmd.config.devicetree import read_devicetree

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from xshmd.config.entry_forms import KEY
 from xshmd.errors import ConfigError, Conflict, XshmError, combined
 from xshmd.model import (
+    NO_POLICY,
     NOWHERE,
     UNPLACED,
     WHOLE_REGION,
@@ -111,6 +112,7 @@ def put_together(parts: Iterable[Declarations]) -> Declarations:
         regions=tuple(region for part in parts for region in part.regions),
         guests=tuple(guest for part in parts for guest in part.guests),
         event_channels=tuple(channel for part in parts for channel in part.event_channels),
+        policy=next((part.policy for part in parts if part.policy != NO_POLICY), NO_POLICY),
     )
 
 

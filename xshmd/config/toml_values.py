@@ -77,6 +77,41 @@ class Keys:
                 hint = f"write [{entry.place.key}] above its keys"
                 self.wrong_at(entry.place, "bad-type", what, hint)
 
+    def table(self, key: str) -> Table | None:
+        """Return the table that is the key's; None if it is absent or wrong."""
+        entry = self._table.entries.get(key)
+        if isinstance(entry, Value):
+            hint = f"write [{entry.place.key}] above its keys"
+            self.wrong(key, "bad-type", f"it is {_kind(entry.value)}, not a table", hint)
+            return None
+        return entry
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """Return the texts of a list; None if it is absent or wrong."""
+        remedy = 'write a list of texts, as in ["sensor-*", "ctl"]'
+        found = self._of_type(key, list, "a list", remedy)
+        if found is None:
+            return None
+        if not found or not all(isinstance(text, str) and text for text in found):
+            what = "it is empty" if not found else "it has other things than texts"
+            self.wrong(key, "bad-type", what, remedy)
+            return None
+        return tuple(found)
+
+    def count(self, key: str) -> int | None:
+        """Return a number of things; None if it is absent or wrong."""
+        remedy = "write a whole number, 0 or more"
+        found = self._of_type(key, int, "a whole number", remedy)
+        if isinstance(found, bool):
+            self.wrong(key, "bad-type", "it is true or false, not a whole number", remedy)
+            return None
+        if found is None:
+            return None
+        if not 0 <= found < ADDRESS_LIMIT:
+            self.wrong(key, "bad-number", f"{self._said(key)} is no number of things", remedy)
+            return None
+        return int(found)
+
     def text(self, key: str) -> str | None:
         """Return a text; None if it is absent or wrong."""
         found: str | None = self._of_type(key, str, "text", 'write it in quotes, as in "ctl"')

@@ -66,10 +66,15 @@ class _Member:
 
 
 def _findings(together: Together, arch: Arch) -> tuple[Declarations, list[XshmError]]:
-    from xshmd.policy import rules
+    from xshmd.policy import quota_rules, rules
+    from xshmd.policy.holdings import NOTHING, Holdings
 
     placed, no_room = together.placed(arch)
-    broken = rules.check_together(placed.guests, placed.regions, arch)
+    broken = list(rules.check_together(placed.guests, placed.regions, arch))
+    growth = quota_rules.Growth(
+        before=NOTHING, after=Holdings.of_files(placed), policy=placed.policy
+    )
+    broken += quota_rules.broken(growth)
     return placed, [*together.errors, *no_room, *broken]
 
 

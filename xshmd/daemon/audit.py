@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import structlog
 import trio
 
-from xshmd.errors import XshmError
+from xshmd.errors import XshmError, rules_of
 from xshmd.model import (
     AddRegion,
     AttachRegion,
@@ -86,6 +86,7 @@ def record(event: Event) -> None:
     facts |= {
         "size_bytes": event.size_bytes or None,
         "holder": event.holder_uuid,
+        "rule": list(event.rules) or None,
         "why": event.reason,
     }
     if event.lease is not None:
@@ -144,6 +145,7 @@ class AuditedRegions(RegionsApi):
             outcome = "done"
         except XshmError as error:
             outcome = f"refused: {error.one_line()}"
+            facts["rule"] = list(rules_of(error))
             raise
         finally:
             log.info(

@@ -48,12 +48,14 @@ COUNTERS: Final = (
     ("attaches", "xshmd_attach_total", "Times a guest was given a region's memory."),
     ("detaches", "xshmd_detach_total", "Times a guest ceased to have a region's memory."),
     ("guests_attached", "xshmd_guests_attached_total", "New guests given all of their regions."),
-    ("refusals", "xshmd_refused_total", "Guests that were refused the regions they asked for."),
+    ("refusals", "xshmd_guests_refused_total", "New guests that could not have their regions."),
     ("reloads", "xshmd_reload_total", "Times the configuration was read again."),
     ("messages_sent", "xshmd_xenstore_messages_total", "Requests sent to xenstored."),
     ("events_dropped", "xshmd_events_dropped_total", "Events that slow listeners missed."),
 )
 """Name in the statistics, name of the metric, its help text."""
+REFUSALS: Final = "refusals_"
+"""Before the name of a rule in the statistics."""
 MICRO: Final = 1e-6
 
 
@@ -82,6 +84,16 @@ def metrics(snapshot: Snapshot, statistics: Mapping[str, int], host: HostInfo) -
     for key, name, text in COUNTERS:
         if key in statistics:
             yield Metric(name, "counter", text, (((), statistics[key]),))
+    yield Metric(
+        "xshmd_refused_total",
+        "counter",
+        "Times that something was refused, by the rule that it broke.",
+        tuple(
+            ((("rule", key.removeprefix(REFUSALS)),), count)
+            for key, count in statistics.items()
+            if key.startswith(REFUSALS)
+        ),
+    )
     if "attach_microseconds" in statistics:
         text = "Seconds it took to give new guests their regions, all together."
         seconds = statistics["attach_microseconds"] * MICRO

@@ -50,8 +50,8 @@ class Desired:
     ) -> ChangePlan:
         """Return the plan of these changes; raises all that is wrong with them."""
         domains = await self._domains_named(changes)
-        known, defined = await trio.to_thread.run_sync(
-            lambda: (self._finder.known(), self._finder.regions())
+        known, defined, policy = await trio.to_thread.run_sync(
+            lambda: (self._finder.known(), self._finder.regions(), self._finder.policy())
         )
         return plan_changes(
             changes,
@@ -61,6 +61,7 @@ class Desired:
             defined=defined,
             domains=domains,
             lifetimes=lifetimes,
+            policy=policy,
         )
 
     async def plan_reload(self) -> tuple[ChangePlan, Declarations]:

@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from xshmd.errors import XshmError, rules_of
 from xshmd.model import Event, EventKind, Guest, Lease, Region, RegionRequest
 
 BACKLOG: Final = 1024
@@ -27,6 +28,8 @@ class EventHub:
         self._listeners: set[trio.MemorySendChannel[Event]] = set()
         self.counts: Counter[EventKind] = Counter()
         """How many of each kind there were."""
+        self.refusals: Counter[str] = Counter()
+        """How often something was refused, by the rules that it broke."""
         self.dropped = 0
         """How many events were not delivered to a listener that was too slow for them."""
         self.guests_attached = 0
@@ -63,6 +66,10 @@ class EventHub:
         self.guests_attached += 1
         self.attach_s += seconds
 
+    def count_refusal(self, error: XshmError) -> None:
+        """Count what somebody asked for and cannot have, once for each rule that it breaks."""
+        self.refusals.update(rules_of(error))
+
     # -- the usual ones -------------------------------------------------------------------------
 
     def joined(self, guest: Guest, requests: Iterable[RegionRequest], reason: str) -> None:
@@ -94,12 +101,19 @@ class EventHub:
             )
         )  # fmt: skip
 
-    def about_guest(self, kind: EventKind, guest: Guest, reason: str = "") -> None:
+    def about_guest(self, kind: EventKind, guest: Guest) -> None:
         """Say something of a guest as a whole."""
         self.emit(
+            Event(kind=kind, guest=guest.name, domid=guest.domid, holder_uuid=guest.holder_uuid)
+        )
+
+    def refused(self, guest: Guest, error: XshmError) -> None:
+        """Say that a guest cannot have what its configuration says."""
+        self.count_refusal(error)
+        self.emit(
             Event(
-                kind=kind, guest=guest.name, domid=guest.domid, holder_uuid=guest.holder_uuid,
-                reason=reason,
+                kind=EventKind.GUEST_REFUSED, guest=guest.name, domid=guest.domid,
+                holder_uuid=guest.holder_uuid, reason=error.one_line(), rules=rules_of(error),
             )
         )  # fmt: skip
 

@@ -26,8 +26,9 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import Conflict, Refused
 from xshmd.model import EventKind, Isolation, Lease, Process, Prot, Region
+from xshmd.policy.quota_rules import check_lease
 from xshmd.policy.refusals import keeps_it_mapped
-from xshmd.ports import Processes
+from xshmd.ports import ConfigFinder, Processes
 
 log = structlog.get_logger()
 
@@ -60,10 +61,16 @@ class Leases:
     """Begins and ends leases.  Used by the reconciler, whose loop runs all that writes records."""
 
     def __init__(
-        self, *, ledger: Ledger, holders: Holders, hub: EventHub, processes: Processes
+        self,
+        *,
+        ledger: Ledger,
+        holders: Holders,
+        hub: EventHub,
+        processes: Processes,
+        finder: ConfigFinder,
     ) -> None:
         self._ledger, self._holders, self._hub = ledger, holders, hub
-        self._processes = processes
+        self._processes, self._finder = processes, finder
         self._live: dict[str, LiveLease] = {}
         self._wanted_back: dict[str, str] = {}
         """Regions that somebody waits for, and why."""
@@ -74,6 +81,7 @@ class Leases:
 
         Raises:
             NoSuchRegion, Conflict, Refused: there is no such region, or it cannot be had now.
+            ConfigError, ConfigUnreadable: what the administrator allows cannot be known.
         """
         region, _ = reachable(self._ledger, self._holders, region_id)
         replaced = [
@@ -81,8 +89,12 @@ class Leases:
             for lease in self._ledger.leases_of(region_id)
             if lease.process == process and lease.lease_id not in self._live
         ]
-        self._check(region, prot, nr_after=len(self._ledger.leases) + 1 - len(replaced))
         lease = Lease(lease_id=lease_id, region_id=region_id, prot=prot, process=process)
+        nr_after = len(self._ledger.leases) + 1 - len(replaced)
+        self._check(region, prot, nr_after=nr_after)
+        if not replaced:  # what it has is not taken away by a policy that came later
+            policy = await trio.to_thread.run_sync(self._finder.policy)
+            check_lease(lease, policy, nr_leases=nr_after)
         live = self._live[lease_id] = LiveLease(lease)
         await self._ledger.put_lease(lease)
         for old in replaced:

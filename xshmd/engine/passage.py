@@ -24,7 +24,7 @@ from xshmd.engine.ledger import Ledger
 from xshmd.engine.options import Options
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
-from xshmd.model import EventKind, Guest, GuestConfig, GuestState
+from xshmd.model import Guest, GuestConfig, GuestState
 from xshmd.policy.plan import GuestPlan, plan_guest
 from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
 from xshmd.units import DomId, human_size
@@ -117,8 +117,8 @@ class Passage:
     async def _plan(self, config: GuestConfig, domid: DomId | None = None) -> GuestPlan:
         host = self._xen.host_info()
         info = None if domid is None else self._xen.domain_info(domid)
-        known, defined = await trio.to_thread.run_sync(
-            lambda: (self._finder.known(), self._finder.regions())
+        known, defined, policy = await trio.to_thread.run_sync(
+            lambda: (self._finder.known(), self._finder.regions(), self._finder.policy())
         )
         return plan_guest(
             config,
@@ -127,6 +127,7 @@ class Passage:
             known=known,
             defined=defined,
             gpaddr_bits=info.gpaddr_bits if info else 0,
+            policy=policy,
         )
 
     # -- the steps ------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ class Passage:
 
     async def _refuse(self, guest: Guest, error: XshmError) -> None:
         """The guest cannot have its regions, so it must not run."""
-        self._hub.about_guest(EventKind.GUEST_REFUSED, guest, error.one_line())
+        self._hub.refused(guest, error)
         self.failures[guest.name] = error
         while len(self.failures) > FAILURES_KEPT:
             self.failures.pop(next(iter(self.failures)))

@@ -34,10 +34,14 @@ from xshmd.engine.passage import Passage
 from xshmd.engine.recovery import recover
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import (
+    ConfigError,
+    ConfigUnreadable,
     Conflict,
     DomainGone,
     HypercallFailed,
     NoSuchGuest,
+    OutOfMemory,
+    Refused,
     StoreLost,
     StoreTrouble,
     TimedOut,
@@ -69,6 +73,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Work = Callable[[], Awaitable[None]]
 
+REFUSALS: Final = (ConfigError, ConfigUnreadable, Refused, Conflict, OutOfMemory)
+"""Errors that say no to what somebody wants, rather than that something is not so."""
 AGAIN_S: Final = 1.0
 """When to look again after xenstored failed us in the middle of something."""
 LINGER_S: Final = 20.0
@@ -113,7 +119,9 @@ class Reconciler:
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
         self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
         self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
-        self._leases = Leases(ledger=ledger, holders=holders, hub=hub, processes=processes)
+        self._leases = Leases(
+            ledger=ledger, holders=holders, hub=hub, processes=processes, finder=finder
+        )
         self._ends = Ends(
             store=store, clock=clock, ledger=ledger, holders=holders, gate=gate,
             changes=self._changes, leases=self._leases, hub=hub, options=options,
@@ -191,6 +199,14 @@ class Reconciler:
         if not outcome:
             raise StoreLost("xshmd was stopped in the middle of it", hint="ask again")
         return outcome[0]
+
+    async def _ask_for(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Do as :meth:`_ask`, of something that may be refused."""
+        try:
+            return await self._ask(question)
+        except REFUSALS as error:
+            self._hub.count_refusal(error)
+            raise
 
     # -- hints ----------------------------------------------------------------------------------
 
@@ -349,7 +365,7 @@ class Reconciler:
         return self._xen.host_info()
 
     async def declare(self, config: GuestConfig) -> GuestConfig:
-        return await self._ask(lambda: self._passage.declare(config))
+        return await self._ask_for(lambda: self._passage.declare(config))
 
     async def withdraw(self, name: str) -> None:
         self._passage.withdraw(name)
@@ -372,7 +388,9 @@ class Reconciler:
     async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
         lease_id = secrets.token_hex(8)
         try:
-            yield await self._ask(lambda: self._leases.begin(lease_id, region_id, prot, process))
+            yield await self._ask_for(
+                lambda: self._leases.begin(lease_id, region_id, prot, process)
+            )
         finally:
             # After whatever of the beginning may still be in the queue.
             self._put.send_nowait(lambda: self._leases.end(lease_id))
@@ -384,11 +402,13 @@ class Reconciler:
             for one in changes
             if isinstance(one, RemoveRegion) and one.force and self._ledger.leases_of(one.region_id)
         }
-        if not wanted_back or dry_run:
-            return await self._ask(lambda: self._apply(tuple(changes), dry_run=dry_run))
-        planned = await self._ask(lambda: self._apply(tuple(changes), dry_run=True))
+        if dry_run:
+            return await self._ask(lambda: self._apply(tuple(changes), dry_run=True))
+        if not wanted_back:
+            return await self._ask_for(lambda: self._apply(tuple(changes), dry_run=False))
+        planned = await self._ask_for(lambda: self._apply(tuple(changes), dry_run=True))
         await self._leases.wait_free(wanted_back, "removed by an administrator")
-        await self._ask(lambda: self._apply_rest(changes, wanted_back))
+        await self._ask_for(lambda: self._apply_rest(changes, wanted_back))
         return planned
 
     async def _apply_rest(self, changes: Sequence[Change], wanted_back: Container[str]) -> None:
@@ -413,7 +433,8 @@ class Reconciler:
         return plan.steps
 
     async def reload(self, *, dry_run: bool = False) -> tuple[Step, ...]:
-        return await self._ask(lambda: self._reload(dry_run=dry_run))
+        ask = self._ask if dry_run else self._ask_for
+        return await ask(lambda: self._reload(dry_run=dry_run))
 
     async def _reload(self, *, dry_run: bool) -> tuple[Step, ...]:
         await self._be_settled()
@@ -463,6 +484,7 @@ class Reconciler:
             "events_dropped": self._hub.dropped,
             "last_reload_at": int(self._reloaded_at),
             "uptime_seconds": int(trio.current_time() - self._started_at),
+            **{f"refusals_{rule}": count for rule, count in sorted(self._hub.refusals.items())},
         }
 
     async def wait_guest(self, name: str, timeout_s: float) -> Guest:

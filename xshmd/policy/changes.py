@@ -15,6 +15,7 @@ from xshmd.errors import (
     combined,
 )
 from xshmd.model import (
+    NO_POLICY,
     AddRegion,
     AttachRegion,
     Change,
@@ -25,6 +26,7 @@ from xshmd.model import (
     GuestState,
     GuestType,
     HostInfo,
+    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,
@@ -33,12 +35,14 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
-from xshmd.policy import refusals, rules
+from xshmd.policy import quota_rules, refusals, rules
 from xshmd.policy.entry_rules import overlapping
 from xshmd.policy.grouping import Homes, Link, assign_homes
+from xshmd.policy.holdings import Holdings
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.policy.placement import placed
 from xshmd.policy.plan import NewRegion, new_region, systems_region
+from xshmd.policy.quota_rules import Growth
 from xshmd.policy.steps import steps_of
 from xshmd.units import DOMID_0, bytes_of
 
@@ -98,6 +102,7 @@ def plan_changes(
     defined: Sequence[RegionConfig] = (),
     domains: Sequence[LiveDomain] = (),
     lifetimes: Mapping[str, Lifetime] | None = None,
+    policy: HostPolicy = NO_POLICY,
 ) -> ChangePlan:
     """Return how these changes are made.
 
@@ -109,11 +114,15 @@ def plan_changes(
         defined: The regions that configurations define apart from any guest.
         domains: Every domain that the changes name, by name or number.
         lifetimes: Regions that are to get another lifetime.
+        policy: What the administrator lets guests have.
 
     Raises:
-        NoSuchGuest, NoSuchRegion, ConfigError, Refused, Conflict: all that is wrong with it.
+        NoSuchGuest, NoSuchRegion, ConfigError, Refused, Conflict, OutOfMemory: all that is wrong
+            with it.
     """
-    planner = _Planner(host=host, snapshot=snapshot, known=known, defined=defined, domains=domains)
+    planner = _Planner(
+        host=host, snapshot=snapshot, known=known, defined=defined, domains=domains, policy=policy
+    )
     return planner.plan(changes, lifetimes or {})
 
 
@@ -141,7 +150,9 @@ class _Planner:
         known: Sequence[GuestConfig],
         defined: Sequence[RegionConfig],
         domains: Sequence[LiveDomain],
+        policy: HostPolicy,
     ) -> None:
+        self._policy = policy
         self._host, self._snapshot, self._defined = host, snapshot, tuple(defined)
         self._known, self._domains = tuple(known), tuple(domains)
         self._regions = {region.region_id: region for region in snapshot.regions}
@@ -181,7 +192,23 @@ class _Planner:
             lifetimes=tuple(lifetimes.items()),
             removes=tuple(dict.fromkeys(one.region_id for one in removed)),
         )
+        self._check_quotas(plan)
         return dataclasses.replace(plan, steps=steps_of(plan, self._regions))
+
+    def _check_quotas(self, plan: ChangePlan) -> None:
+        before = Holdings.of(self._snapshot)
+        made = {new.region_id: new.nr_fresh_frames for new, _ in plan.creates}
+        after = before.with_regions(made, plan.removes)
+        for member, change in zip(self._members.values(), plan.guests, strict=True):
+            requests = (*member.left, *member.attach)
+            after = after.with_guest(member.guest.name, requests, change.home)
+        over = quota_rules.broken(
+            Growth(
+                before=before, after=after, policy=self._policy, free_bytes=self._host.free_bytes
+            )
+        )
+        if over:
+            raise combined(over)
 
     # -- regions --------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias, TypeVar
 
-from xshmd.errors import ConfigError, Conflict, Fact, Refused, XshmError
+from xshmd.errors import ConfigError, Conflict, Fact, OutOfMemory, Refused, XshmError
 from xshmd.model import UNPLACED, WHOLE_REGION, Place, RegionRequest
 from xshmd.policy import layout
 
@@ -37,6 +37,11 @@ def refused(rule: str, place: Place, what: str, hint: str, **facts: Fact) -> Ref
 def conflict(rule: str, place: Place, what: str, hint: str, **facts: Fact) -> Conflict:
     """Return the finding that it contradicts something else; see :func:`config_error`."""
     return _finding(Conflict, rule, place, what, hint, facts)
+
+
+def out_of_memory(rule: str, place: Place, what: str, hint: str, **facts: Fact) -> OutOfMemory:
+    """Return the finding that the host has too little memory; see :func:`config_error`."""
+    return _finding(OutOfMemory, rule, place, what, hint, facts)
 
 
 def _finding(

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 from xshmd.errors import combined
 from xshmd.model import (
+    NO_POLICY,
     USUAL_TERMS,
     Backing,
     GuestConfig,
     HostInfo,
+    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,
@@ -24,10 +26,12 @@ from xshmd.model import (
     Role,
     Snapshot,
 )
-from xshmd.policy import rules
+from xshmd.policy import quota_rules, rules
 from xshmd.policy.definitions import terms_of
 from xshmd.policy.grouping import choose_holder, movable_regions
+from xshmd.policy.holdings import Holdings
 from xshmd.policy.placement import placed
+from xshmd.policy.quota_rules import Growth
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,7 @@ def plan_guest(
     known: Sequence[GuestConfig],
     defined: Sequence[RegionConfig] = (),
     gpaddr_bits: int = 0,
+    policy: HostPolicy = NO_POLICY,
 ) -> GuestPlan:
     """Return how this guest gets its regions.
 
@@ -82,9 +87,10 @@ def plan_guest(
         known: What other configurations on this host say.
         defined: The regions that configurations define apart from any guest.
         gpaddr_bits: The domain's width of addresses if it exists already, else 0.
+        policy: What the administrator lets guests have.
 
     Raises:
-        ConfigError, Refused, Conflict: the broken rules, all of them in one error.
+        ConfigError, Refused, Conflict, OutOfMemory: the broken rules, all of them in one error.
     """
     others = tuple(other for other in known if other.name != config.name)
     by_id = {region.region_id: region for region in snapshot.regions}
@@ -108,7 +114,7 @@ def plan_guest(
         regions=[region for region in snapshot.regions if region.region_id not in movable],
         guests=snapshot.guests,
     )
-    return GuestPlan(
+    plan = GuestPlan(
         config=config,
         holder_uuid=holder_uuid or next(iter(movable.values()), None),
         new_regions=tuple(
@@ -119,6 +125,15 @@ def plan_guest(
         requests=config.requests,
         movable=tuple(movable),
     )
+    before = Holdings.of(snapshot)
+    made = {new.region_id: new.nr_fresh_frames for new in plan.new_regions}
+    after = before.with_regions(made).with_guest(config.name, plan.requests, plan.holder_uuid or "")
+    over = quota_rules.broken(
+        Growth(before=before, after=after, policy=policy, free_bytes=host.free_bytes)
+    )
+    if over:
+        raise combined(over)
+    return plan
 
 
 def new_region(

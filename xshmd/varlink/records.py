@@ -177,6 +177,7 @@ def event_fields(event: Event) -> Fields:
         "entry": None if request is None else entry_fields(request),
         "sizeBytes": event.size_bytes or None,
         "reason": event.reason or None,
+        "rules": list(event.rules) or None,
         "lease": None if event.lease is None else lease_fields(event.lease),
     }
 
