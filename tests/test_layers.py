@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "xen": WORDS | {"ports"},
     "share": WORDS | {"ports"},
     "varlink": WORDS,
-    "ctl": WORDS | {"", "config", "policy", "varlink"},
+    "vhost_user": WORDS | {"xen"},
+    "ctl": WORDS | {"", "config", "policy", "varlink", "vhost_user"},
     "client": WORDS | {"varlink", "xen"},
     "daemon": WORDS | {"", "ports", "policy", "config", "engine", "xen", "share", "varlink"},
 }

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A back-end's side of one connection: what a message means, given all that came before it.
+
+No socket is known here: messages come in, replies go out.  All that a front-end gave (memory,
+descriptors) is this session's and ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from xshmd.vhost_user import wire
+from xshmd.vhost_user.memory import CannotMap, Memory, OutsideMemory
+from xshmd.vhost_user.virtqueue import BrokenQueue, Chain, Virtqueue
+from xshmd.vhost_user.wire import (
+    Config,
+    Message,
+    ProtocolFeature,
+    ProtocolViolation,
+    Request,
+    VringAddress,
+)
+
+MAX_MEM_SLOTS: Final = 64
+"""How many regions a front-end may add one by one."""
+FEATURES: Final = wire.VIRTIO_F_VERSION_1 | wire.VHOST_USER_F_PROTOCOL_FEATURES
+PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG | ProtocolFeature.RESET_DEVICE | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS | ProtocolFeature.XEN_MMAP
+)  # fmt: skip
+_ONE: Final = (1).to_bytes(8, sys.byteorder)
+
+
+class Device(Protocol):
+    """What a back-end is for; one for each connection, or one for all."""
+
+    @property
+    def features(self) -> int:
+        """Bits of virtio's features beyond those of the transport."""
+        ...
+
+    @property
+    def queue_count(self) -> int:
+        """How many queues it has: 1 to 256."""
+        ...
+
+    def config(self) -> bytes:
+        """Return its configuration space, as far as it says anything."""
+        ...
+
+    def handle(self, memory: Memory, queue: int, chain: Chain) -> int:
+        """Do what a request of the driver asks for; return how many bytes were written.
+
+        Raises:
+            OutsideMemory, CannotMap, BrokenQueue: The request makes no sense; the queue is given
+                up.
+        """
+        ...
+
+
+class Vring:
+    """A queue as the front-end has set it up so far."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.where: VringAddress | None = None
+        self.base = 0
+        self.enabled = False
+        self.polled = False
+        """Whether nobody will say that there is something in it: it must be looked at."""
+        self.kick = self.call = self.error = -1
+        self.queue: Virtqueue | None = None
+        """Once it is started."""
+        self.broken = False
+
+    def replace(self, name: str, fd: int) -> None:
+        """Put another descriptor in the place of ``kick``, ``call`` or ``error``."""
+        before = getattr(self, name)
+        setattr(self, name, fd)
+        if before >= 0:
+            os.close(before)
+
+    def stop(self) -> None:
+        """Forget where it is; the next start begins where it was."""
+        if self.queue is not None:
+            self.base = self.queue.next_available
+            self.queue = None
+        self.broken = False
+        self.polled = False
+        self.replace("kick", -1)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for name in ("kick", "call", "error"):
+            self.replace(name, -1)
+
+
+class Session:
+    """One front-end's connection, from its first message to its last.
+
+    Synchronization: none.
+
+    Args:
+        device: What answers requests.
+        memory: Where its memory goes; the session closes it.
+    """
+
+    def __init__(self, device: Device, memory: Memory) -> None:
+        self._device = device
+        self.memory = memory
+        self._features = 0
+        self._protocol = ProtocolFeature(0)
+        self._status = 0
+        self.vrings = [Vring() for _ in range(device.queue_count)]
+        self._backend_fd = -1
+
+    @property
+    def xen(self) -> bool:
+        """Whether region descriptions have the fields for Xen."""
+        return ProtocolFeature.XEN_MMAP in self._protocol
+
+    def close(self) -> None:
+        """Unmap all memory and close all descriptors; may be called again without harm."""
+        self.memory.close()
+        for vring in self.vrings:
+            vring.queue = None
+            vring.close()
+        self._replace_backend_fd(-1)
+
+    # -- messages -------------------------------------------------------------------------------
+
+    def handle(self, message: Message) -> Message | None:
+        """Do what a message asks for; return the reply, if it is to have one.
+
+        Raises:
+            ProtocolViolation, CannotMap: The connection is to be closed.
+        """
+        fds = list(message.fds)
+        try:
+            if message.is_reply:
+                raise ProtocolViolation(f"{message.name} came as a reply")
+            handler = _HANDLERS.get(message.request)
+            if handler is None:
+                raise ProtocolViolation(f"{message.name} is not known")
+            if fds and message.request not in _WITH_FDS:
+                raise ProtocolViolation(f"{message.name} came with {len(fds)} file descriptors")
+            failed = False
+            try:
+                payload = handler(self, message.payload, fds)
+            except CannotMap:
+                if not self._wants_ack(message):
+                    raise
+                failed, payload = True, None
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if payload is None:
+            if not self._wants_ack(message):
+                return None
+            payload = wire.encode_u64(failed)
+        return Message(message.request, payload, flags=wire.VERSION | wire.FLAG_REPLY)
+
+    def _wants_ack(self, message: Message) -> bool:
+        return message.needs_reply and ProtocolFeature.REPLY_ACK in self._protocol
+
+    # Each handler takes the payload and the descriptors, of which it takes out those it keeps.
+
+    def _get_features(self, payload: bytes, _fds: list[int]) -> bytes:
+        _expect_nothing(payload)
+        return wire.encode_u64(FEATURES | self._device.features)
+
+    def _set_features(self, payload: bytes, _fds: list[int]) -> None:
+        wanted = wire.decode_u64(payload)
+        if wanted & ~(FEATURES | self._device.features):
+            raise ProtocolViolation(f"the features {wanted:#x} are more than were offered")
+        self._features = wanted
+        if not wanted & wire.VHOST_USER_F_PROTOCOL_FEATURES:
+            for vring in self.vrings:
+                vring.enabled = True
+
+    def _get_protocol_features(self, payload: bytes, _fds: list[int]) -> bytes:
+        _expect_nothing(payload)
+        return wire.encode_u64(PROTOCOL_FEATURES)
+
+    def _set_protocol_features(self, payload: bytes, _fds: list[int]) -> None:
+        wanted = wire.decode_u64(payload)
+        if wanted & ~PROTOCOL_FEATURES:
+            raise ProtocolViolation(f"the protocol features {wanted:#x} are more than were offered")
+        # Descriptions of what is there already would be read in another way from now on.
+        if self.memory.regions and ProtocolFeature.XEN_MMAP & (wanted ^ self._protocol):
+            raise ProtocolViolation("XEN_MMAP is changed after memory was given")
+        self._protocol = ProtocolFeature(wanted)
+
+    def _set_owner(self, payload: bytes, _fds: list[int]) -> None:
+        _expect_nothing(payload)
+
+    def _get_queue_num(self, payload: bytes, _fds: list[int]) -> bytes:
+        _expect_nothing(payload)
+        return wire.encode_u64(len(self.vrings))
+
+    def _get_max_mem_slots(self, payload: bytes, _fds: list[int]) -> bytes:
+        _expect_nothing(payload)
+        return wire.encode_u64(MAX_MEM_SLOTS)
+
+    def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
+        regions = wire.decode_table(payload, xen=self.xen)
+        given, fds[:] = tuple(fds), []
+        self.memory.replace(regions, given, xen=self.xen)
+
+    def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        if len(self.memory.regions) >= MAX_MEM_SLOTS:
+            raise ProtocolViolation(f"more than {MAX_MEM_SLOTS} memory regions")
+        region = wire.decode_single(payload, xen=self.xen)
+        given, fds[:] = tuple(fds), []
+        self.memory.add(region, given, xen=self.xen)
+
+    def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        # Some front-ends send the descriptor again, which means nothing.
+        if len(fds) > 1:
+            raise ProtocolViolation(f"REM_MEM_REG came with {len(fds)} file descriptors")
+        self.memory.remove(wire.decode_single(payload, xen=self.xen))
+
+    def _set_vring_num(self, payload: bytes, _fds: list[int]) -> None:
+        vring, state = self._vring_state(payload)
+        vring.size = state.num
+
+    def _set_vring_addr(self, payload: bytes, _fds: list[int]) -> None:
+        where = wire.decode_address(payload)
+        if where.descriptors % 16 or where.available % 2 or where.used % 4:
+            raise ProtocolViolation("a ring is not aligned as rings are")
+        self._vring(where.index).where = where
+
+    def _set_vring_base(self, payload: bytes, _fds: list[int]) -> None:
+        vring, state = self._vring_state(payload)
+        vring.base = state.num & 0xFFFF
+
+    def _get_vring_base(self, payload: bytes, _fds: list[int]) -> bytes:
+        vring, state = self._vring_state(payload)
+        vring.stop()
+        return wire.encode_state(wire.VringState(state.index, vring.base))
+
+    def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
+        vring, fd = self._vring_fd(payload, fds)
+        vring.replace("kick", fd)
+        vring.polled = fd < 0
+        vring.broken = False
+
+    def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
+        vring, fd = self._vring_fd(payload, fds)
+        vring.replace("call", fd)
+
+    def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
+        vring, fd = self._vring_fd(payload, fds)
+        vring.replace("error", fd)
+
+    def _set_vring_enable(self, payload: bytes, _fds: list[int]) -> None:
+        vring, state = self._vring_state(payload)
+        vring.enabled = bool(state.num)
+
+    def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
+        _expect_nothing(payload)
+        if len(fds) != 1:
+            raise ProtocolViolation(f"SET_BACKEND_REQ_FD came with {len(fds)} file descriptors")
+        self._replace_backend_fd(fds.pop())
+
+    def _get_config(self, payload: bytes, _fds: list[int]) -> bytes:
+        asked = wire.decode_config(payload)
+        space = self._device.config().ljust(wire.MAX_CONFIG_BYTES, b"\0")
+        data = space[asked.offset : asked.offset + len(asked.data)]
+        return wire.encode_config(Config(asked.offset, asked.flags, data))
+
+    def _set_config(self, payload: bytes, _fds: list[int]) -> None:
+        wire.decode_config(payload)  # nothing of it can be written
+
+    def _reset(self, payload: bytes, _fds: list[int]) -> None:
+        _expect_nothing(payload)
+        for vring in self.vrings:
+            vring.stop()
+            vring.base = 0
+            vring.enabled = False
+
+    def _set_status(self, payload: bytes, fds: list[int]) -> None:
+        self._status = wire.decode_u64(payload) & 0xFF
+        if not self._status:
+            self._reset(b"", fds)
+
+    def _get_status(self, payload: bytes, _fds: list[int]) -> bytes:
+        _expect_nothing(payload)
+        return wire.encode_u64(self._status)
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self.vrings):
+            raise ProtocolViolation(f"there is no queue {index}")
+        return self.vrings[index]
+
+    def _vring_state(self, payload: bytes) -> tuple[Vring, wire.VringState]:
+        state = wire.decode_state(payload)
+        return self._vring(state.index), state
+
+    def _vring_fd(self, payload: bytes, fds: list[int]) -> tuple[Vring, int]:
+        word = wire.decode_u64(payload)
+        vring = self._vring(word & wire.VRING_INDEX_MASK)
+        expected = 0 if word & wire.VRING_NO_FD else 1
+        if len(fds) != expected:
+            raise ProtocolViolation(f"a queue's event came with {len(fds)} file descriptors")
+        if fds:
+            _check_event(fds[0])
+        return vring, fds.pop() if fds else -1
+
+    def _replace_backend_fd(self, fd: int) -> None:
+        if self._backend_fd >= 0:
+            os.close(self._backend_fd)
+        self._backend_fd = fd
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def process(self, index: int) -> int:
+        """Answer what waits in a queue; return how many requests that were.
+
+        A queue in which the driver put what makes no sense is not looked at again until it is set
+        up anew; its error descriptor, if it has one, says so.
+        """
+        vring = self.vrings[index]
+        done = 0
+        notify = False
+        try:
+            if vring.broken or not vring.enabled or not self._start(vring):
+                return 0
+            assert vring.queue is not None
+            while (chain := vring.queue.pop()) is not None:
+                written = self._device.handle(self.memory, index, chain)
+                notify |= vring.queue.push(chain, written)
+                done += 1
+        except _BROKEN:
+            vring.broken = True
+            _signal(vring.error)
+        finally:
+            if notify:
+                _signal(vring.call)
+        return done
+
+    def _start(self, vring: Vring) -> bool:
+        if vring.queue is None and vring.where is not None:
+            if not vring.size:
+                return False
+            vring.queue = Virtqueue(self.memory, vring.size, vring.where, vring.base)
+        return vring.queue is not None
+
+
+_BROKEN: Final = (BrokenQueue, OutsideMemory, CannotMap)
+"""What a driver can make happen."""
+_WITH_FDS: Final = frozenset(
+    {
+        Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG, Request.SET_VRING_KICK,
+        Request.SET_VRING_CALL, Request.SET_VRING_ERR, Request.SET_BACKEND_REQ_FD,
+    }
+)  # fmt: skip
+_Handler = Callable[[Session, bytes, list[int]], bytes | None]
+_HANDLERS: Final[Mapping[int, _Handler]] = MappingProxyType(
+    {
+        Request.GET_FEATURES: Session._get_features,
+        Request.SET_FEATURES: Session._set_features,
+        Request.GET_PROTOCOL_FEATURES: Session._get_protocol_features,
+        Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
+        Request.SET_OWNER: Session._set_owner,
+        Request.RESET_OWNER: Session._reset,
+        Request.RESET_DEVICE: Session._reset,
+        Request.GET_QUEUE_NUM: Session._get_queue_num,
+        Request.GET_MAX_MEM_SLOTS: Session._get_max_mem_slots,
+        Request.SET_MEM_TABLE: Session._set_mem_table,
+        Request.ADD_MEM_REG: Session._add_mem_reg,
+        Request.REM_MEM_REG: Session._rem_mem_reg,
+        Request.SET_VRING_NUM: Session._set_vring_num,
+        Request.SET_VRING_ADDR: Session._set_vring_addr,
+        Request.SET_VRING_BASE: Session._set_vring_base,
+        Request.GET_VRING_BASE: Session._get_vring_base,
+        Request.SET_VRING_KICK: Session._set_vring_kick,
+        Request.SET_VRING_CALL: Session._set_vring_call,
+        Request.SET_VRING_ERR: Session._set_vring_err,
+        Request.SET_VRING_ENABLE: Session._set_vring_enable,
+        Request.SET_BACKEND_REQ_FD: Session._set_backend_req_fd,
+        Request.GET_CONFIG: Session._get_config,
+        Request.SET_CONFIG: Session._set_config,
+        Request.SET_STATUS: Session._set_status,
+        Request.GET_STATUS: Session._get_status,
+    }
+)
+
+
+def _expect_nothing(payload: bytes) -> None:
+    if payload:
+        raise ProtocolViolation(f"{len(payload)} bytes came where none are expected")
+
+
+def _check_event(fd: int) -> None:
+    """Raise unless reading and writing this can do nothing but wake somebody."""
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind not in (_ANONYMOUS, stat.S_IFIFO):
+        raise ProtocolViolation("a queue's event is neither an eventfd nor a pipe")
+    os.set_blocking(fd, False)
+
+
+_ANONYMOUS: Final = 0
+"""The kind of file that an eventfd is."""
+
+
+def _signal(fd: int) -> None:
+    if fd >= 0:
+        # One that is full has not been read yet, and one without a reader needs no waking.
+        with contextlib.suppress(OSError):
+            os.write(fd, _ONE)
