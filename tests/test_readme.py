@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from xshmd.ctl.__main__ import main
 from xshmd.ctl.args import parse
 from xshmd.model import Arch
 from xshmd.policy.rules import check_config
+from xshmd.vhost_user.backend import Backend
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,6 +23,7 @@ WORDS = {
     "GUEST": "ctl", "ID": "r0", "CFG": "/etc/xen/ctl.cfg", "FILE": "x.cfg",
     "ENTRY": "id=r0,begin=0x3a000000,size=4096,role=borrower", "[xl arguments]": "vcpus=2",
     "...": "", "[": "", "]": "",
+    "serve|connect SOCKET": "serve /run/x.sock",
 }  # fmt: skip
 
 
@@ -75,3 +78,23 @@ def test_every_make_target_is_there() -> None:
 def test_every_link_leads_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_backend_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run as it stands, until it would wait."""
+    text = (ROOT / "docs/vhost-user.md").read_text()
+    pattern = r"^    from pathlib.*?backend\.run\(\)\n"
+    (code,) = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    served: list[Backend] = []
+    monkeypatch.setattr(Backend, "run", lambda self: served.append(self))
+    program = textwrap.dedent(code).replace("/run/", f"{tmp_path}/")
+    exec(compile(program, "docs/vhost-user.md", "exec"), {})
+    (backend,) = served
+    assert (tmp_path / "shouter.sock").is_socket()
+    backend.close()
+
+
+def test_the_command_lines_of_the_documentation() -> None:
+    text = (ROOT / "docs/vhost-user.md").read_text().replace("\\\n", "")
+    lines = re.findall(r"^    xshmctl (.*)$", text, re.MULTILINE)
+    assert [parse(shlex.split(line)).guest for line in lines] == ["sensor"]

@@ -25,6 +25,11 @@ _Noreturn void guest_fault(uint64_t addr, uint64_t ip, uint64_t why);
 void say(const char *format, ...);
 extern const char *say_name;
 
+/* ---- disk.c ---- */
+
+/* Writes sectors to the disk behind the virtqueue in this region and reads them again. */
+void disk_write_and_read(uint64_t start, uint64_t sectors, uint32_t seed);
+
 /* ---- map.c ---- */
 
 /* Makes a region reachable where it is: virtual address = guest-physical address. */

@@ -63,7 +63,8 @@ def build_baremetal(arch: str, out: Path) -> None:
         *ARCHES[arch][2].split(),
         f"-Wl,-T,{board / 'link.ld'}",
         "-o", out,
-        board / "start.S", board / "board.c", HERE / "main.c", HERE / "map.c", HERE / "say.c",
+        board / "start.S", board / "board.c", HERE / "main.c", HERE / "disk.c",
+        HERE / "map.c", HERE / "say.c",
     )  # fmt: skip
     if arch == "arm64":
         run(tool(arch, "objcopy"), "-O", "binary", out)

@@ -362,6 +362,11 @@ static void do_peek(const struct region *r)
     say("peek addr=%x word=%x", r->start, get(&page0(r)->free_word));
 }
 
+static void do_disk(const struct region *r)
+{
+    disk_write_and_read(r->start, ticks, seed);
+}
+
 static void do_stay(const struct region *r)
 {
     (void)r;
@@ -412,6 +417,7 @@ static const struct verb {
     { "talk",        do_talk,        true },
     { "hash",        do_hash,        true },
     { "peek",        do_peek,        true },
+    { "disk",        do_disk,        true },
     { "reboot-once", do_reboot_once, true },
     { "stay",        do_stay,        false },
     { "poweroff",    do_poweroff,    false },

@@ -100,6 +100,10 @@ def _run(options: Any) -> int:
             from xshmd.ctl import hexdump
 
             return hexdump.run(options)
+        case "vhost-user":
+            from xshmd.ctl import vhost_user
+
+            return vhost_user.run(options)
         case "help":
             return _help(options)
         case _:

@@ -214,6 +214,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     convert.add_arguments(parser)
 
 
+def _add_vhost_user(parser: argparse.ArgumentParser) -> None:
+    from xshmd.ctl import vhost_user_args
+
+    vhost_user_args.add_arguments(parser)
+
+
 def _add_help(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("about", nargs="?", choices=tuple(VERBS), metavar="VERB", help="a verb")
 
@@ -233,5 +239,6 @@ _ADDERS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "dump": _add_dump,
     "load": _add_load,
     "hexdump": _add_dump,
+    "vhost-user": _add_vhost_user,
     "help": _add_help,
 }

@@ -22,6 +22,7 @@ VERBS = {
     "dump": "write the bytes of a region to the standard output",
     "load": "write the standard input into a region",
     "hexdump": "show the bytes of a region",
+    "vhost-user": "give a vhost-user back-end in dom0 a region's memory, or a guest's",
     "doctor": "say what on this machine is not as it should be",
     "help": "say what a verb does",
 }

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""xshmctl vhost-user, between a daemon and a back-end that are both behind real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from fakes.xen_devices import XenDevices
+from varlink_fakes import OWNER, SNAPSHOT, FakeRegions, daemon
+from virtio_driver import Driver
+
+from xshmd.ctl import args, lending, vhost_user
+from xshmd.ctl.__main__ import main
+from xshmd.errors import UsageError
+from xshmd.model import Backing, Event, EventKind, Isolation, RegionTerms, Snapshot
+from xshmd.units import DomId, Gfn
+from xshmd.vhost_user import offer
+from xshmd.vhost_user import session as session_module
+from xshmd.vhost_user.backend import Backend
+from xshmd.vhost_user.memory import Memory
+from xshmd.vhost_user.offer import Addresses, Target
+from xshmd.vhost_user.session import Device
+from xshmd.vhost_user.virtqueue import Chain, read_all, write_all
+from xshmd.vhost_user.wire import MemoryRegion, ProtocolFeature, XenFlag
+from xshmd.xen.windows import Window
+
+Captured = pytest.CaptureFixture[str]
+HOLDER = DomId(3)
+FIRST = 0x100
+WAIT_S = 60.0
+GUEST_HAS_IT = 0x38000000
+WHOLE = MemoryRegion(
+    guest_address=FIRST << 12, size_bytes=1 << 20, user_address=0, xen_flags=XenFlag.FOREIGN,
+    domid=HOLDER,
+)  # fmt: skip
+
+
+class Regions(FakeRegions):
+    """A daemon to which things happen while it runs."""
+
+    @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:
+        self._token = trio.lowlevel.current_trio_token()
+        async with super().monitor() as events:
+            yield events
+
+    def happens(self, now: Snapshot) -> None:
+        """Change what there is, and say that something has."""
+        wait(lambda: bool(self.monitors))
+        self.now = now
+        event = Event(kind=EventKind.PEER_LEFT, region="r0")
+
+        def send() -> None:
+            for monitor in self.monitors:
+                monitor.send_nowait(event)
+
+        self._token.run_sync_soon(send)
+
+
+class Shouter:
+    """A device that answers in upper case."""
+
+    features = 0
+    queue_count = 2
+
+    def config(self) -> bytes:
+        return b""
+
+    def handle(self, memory: Memory, queue: int, chain: Chain) -> int:
+        data = read_all(memory, chain.readable).upper()
+        write_all(memory, chain.writable, data)
+        return len(data)
+
+
+class BackEnd:
+    """A back-end in a thread of its own, and the memory it has at this moment."""
+
+    def __init__(self, devices: XenDevices) -> None:
+        self.said: list[str] = []
+        self.memories: list[Memory] = []
+        self._devices = devices
+        self.backend = Backend(self._device, self.said.append, memory=self._memory)
+        self._thread = threading.Thread(target=self.backend.run)
+
+    def _device(self) -> Device:
+        return Shouter()
+
+    def _memory(self) -> Memory:
+        self.memories.append(Memory(devices=self._devices))
+        return self.memories[-1]
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def table(self) -> list[MemoryRegion]:
+        return list(self.memories[-1].regions) if self.memories else []
+
+    def close(self) -> None:
+        self.backend.stop()
+        self._thread.join(WAIT_S)
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[XenDevices]:
+    found = XenDevices()
+    monkeypatch.setattr(lending, "device_maps", found)
+    for module in (lending, vhost_user):
+        monkeypatch.setattr(module, "AGAIN_S", 0.01)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def holder(devices: XenDevices) -> memoryview:
+    """The holder's frames, of which region r0 are the first."""
+    window = Window(256 << 12)
+    window.place(devices.put(HOLDER, Gfn(FIRST), 256))
+    return window.view()
+
+
+@pytest.fixture
+def api() -> Regions:
+    return Regions()
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path, api: Regions, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XSHMD_SOCKET", str(tmp_path / "socket"))
+    with daemon(tmp_path / "socket", api):
+        yield tmp_path / "socket"
+
+
+@pytest.fixture
+def back_end(devices: XenDevices) -> Iterator[BackEnd]:
+    found = BackEnd(devices)
+    yield found
+    found.close()
+
+
+def run(script: Callable[[], None], *words: str) -> int:
+    """Run xshmctl, and meanwhile the script in another thread; then end it by a signal."""
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            script()
+        except BaseException as problem:
+            failed.append(problem)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    try:
+        status = main(["vhost-user", *words])
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            thread.join(WAIT_S)
+        raise
+    thread.join(WAIT_S)
+    if failed:
+        raise failed[0]
+    return status
+
+
+@pytest.mark.usefixtures("socket_path", "holder")
+def test_serve_a_region(api: Regions, back_end: BackEnd, tmp_path: Path, capsys: Captured) -> None:
+    path = tmp_path / "vhost"
+
+    def script() -> None:
+        wait(path.exists)
+        assert path.stat().st_mode & 0o777 == 0o600
+        back_end.backend.connect(path)
+        back_end.start()
+        wait(lambda: back_end.table() == [WHOLE])
+        api.happens(Snapshot())
+        wait(lambda: not back_end.table())
+        api.happens(SNAPSHOT)
+        wait(lambda: back_end.table() == [WHOLE])
+
+    assert run(script, "serve", str(path), "--region=r0") == 128 + signal.SIGTERM
+    assert not path.exists()
+    given = "given 1 MiB at 0x100000 (user address 0x0) of domain 3"
+    assert capsys.readouterr().out.splitlines() == [
+        f"listening {path}", "connected", given, given.replace("given", "withdrawn"), given,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("socket_path")
+def test_connect_with_a_queue_of_the_guest(
+    back_end: BackEnd, holder: memoryview, tmp_path: Path, capsys: Captured
+) -> None:
+    """A guest's queue in its region is answered through the holder's frames."""
+    path = tmp_path / "vhost"
+    back_end.backend.listen(path)
+    back_end.start()
+    driver = Driver(holder, GUEST_HAS_IT, GUEST_HAS_IT)
+    where = driver.queue().where
+
+    def script() -> None:
+        driver.place(b"from the guest", 14)
+        wait(lambda: driver.used == 1)
+        assert driver.answer(14) == b"FROM THE GUEST"
+
+    status = run(
+        script, "connect", str(path), "--guest=ctl", "--addresses=guest", "--json=short",
+        f"--queue=size=8,descriptors={where.descriptors},available={where.available:#x},"
+        f"used={where.used}",
+    )  # fmt: skip
+    driver.close()
+    assert status == 128 + signal.SIGTERM
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {"event": "connected"},
+        {
+            "event": "given", "guestAddress": GUEST_HAS_IT, "sizeBytes": 1 << 20,
+            "userAddress": GUEST_HAS_IT, "offset": FIRST << 12, "domainId": 3,
+        },
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("holder")
+def test_the_daemon_may_go_and_come_back(
+    api: Regions, back_end: BackEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile the back-end keeps what it has; afterwards it has what is."""
+    path, where = tmp_path / "vhost", tmp_path / "socket"
+    monkeypatch.setenv("XSHMD_SOCKET", str(where))
+    first = daemon(where, api)
+    first.__enter__()
+
+    def script() -> None:
+        wait(path.exists)
+        back_end.backend.connect(path)
+        back_end.start()
+        wait(lambda: back_end.table() == [WHOLE])
+        first.__exit__(None, None, None)
+        assert back_end.table() == [WHOLE]
+        api.now = Snapshot()
+        with daemon(where, api):
+            wait(lambda: not back_end.table())
+
+    assert run(script, "serve", str(path), "--region=r0") == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("socket_path", "holder")
+def test_a_backend_that_comes_again_gets_it_again(back_end: BackEnd, tmp_path: Path) -> None:
+    path = tmp_path / "vhost"
+
+    def script() -> None:
+        wait(path.exists)
+        back_end.backend.connect(path)
+        back_end.start()
+        wait(lambda: back_end.table() == [WHOLE])
+        (connection,) = back_end.backend._connections
+        connection.channel._socket.shutdown(2)
+        wait(lambda: not back_end.backend._connections)
+        again = BackEnd(back_end._devices)
+        again.backend.connect(path)
+        again.start()
+        wait(lambda: again.table() == [WHOLE])
+        again.close()
+
+    assert run(script, "serve", str(path), "--region=r0") == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("socket_path", "holder")
+def test_a_backend_that_does_not_know_xen(
+    back_end: BackEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    known = session_module.PROTOCOL_FEATURES & ~ProtocolFeature.XEN_MMAP
+    monkeypatch.setattr(session_module, "PROTOCOL_FEATURES", known)
+    path = tmp_path / "vhost"
+    back_end.backend.listen(path)
+    back_end.start()
+    assert main(["vhost-user", "connect", str(path), "--region=r0"]) == 5
+    assert "does not know XEN_MMAP" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("socket_path")
+def test_a_holder_that_cannot_be_mapped(
+    back_end: BackEnd, tmp_path: Path, capsys: Captured
+) -> None:
+    path = tmp_path / "vhost"
+    back_end.backend.listen(path)
+    back_end.start()
+    assert main(["vhost-user", "connect", str(path), "--region=r0"]) == 5
+    assert "region r0 cannot be mapped by dom0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("socket_path", "devices")
+def test_a_region_that_is_not_there(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["vhost-user", "serve", str(tmp_path / "vhost"), "--region=r7"]) == 4
+    assert "there is no region r7" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("socket_path", "devices")
+def test_a_path_that_is_taken(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "vhost").touch()
+    assert main(["vhost-user", "serve", str(tmp_path / "vhost"), "--region=r0"]) == 5
+    assert "Address already in use" in capsys.readouterr().err
+    assert (tmp_path / "vhost").exists()
+
+
+# -- what is offered ----------------------------------------------------------------------------
+
+
+def regions(snapshot: Snapshot) -> list[offer.Fields]:
+    from xshmd.varlink import records
+
+    found: list[offer.Fields] = records.state_fields(snapshot)["regions"]
+    return found
+
+
+def test_a_guests_part_of_a_region() -> None:
+    borrower = dataclasses.replace(SNAPSHOT.guests[0], state=OWNER.state)
+    now = regions(dataclasses.replace(SNAPSHOT, guests=(OWNER, borrower)))
+    (part,), withheld = offer.parts(now, Target(guest="log"))
+    assert not withheld
+    assert part.described == MemoryRegion(
+        guest_address=0x101000, size_bytes=0x2000, user_address=0x40000000,
+        xen_flags=XenFlag.FOREIGN, domid=HOLDER,
+    )  # fmt: skip
+    (part,), _ = offer.parts(now, Target(guest="log", addresses=Addresses.GUEST))
+    assert part.described.guest_address == 0x40000000
+    assert part.described.mmap_offset == 0x101000
+    assert offer.parts(now, Target(guest="6"))[0]
+    assert offer.parts(now, Target(guest="other")) == ((), ())
+
+
+def test_a_guest_that_is_not_there_has_nothing() -> None:
+    assert offer.parts(regions(SNAPSHOT), Target(guest="log")) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"ready": False}, "not there"),
+        ({"holder_uuid": "00000000-0000-0000-0000-000000000009"}, "not there"),
+        ({"terms": RegionTerms(backing=Backing.HOST)}, "memory of the host"),
+        ({"terms": RegionTerms(isolation=Isolation.SEALED)}, "sealed"),
+    ],
+)
+def test_what_cannot_be_offered(change: dict[str, object], why: str) -> None:
+    region = dataclasses.replace(SNAPSHOT.regions[0], **change)  # type: ignore[arg-type]
+    now = regions(dataclasses.replace(SNAPSHOT, regions=(region,)))
+    found, (withheld,) = offer.parts(now, Target(region="r0"))
+    assert not found
+    assert why in withheld.why
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "size=8", "size=8,descriptors=0,available=0,used=0,size=8",
+        "size=7,descriptors=0,available=0,used=0", "size=8,descriptors=8,available=0,used=0",
+        "size=8,descriptors=0,available=1,used=0", "size=8,descriptors=0,available=0,used=2",
+        "size=8,descriptors=-16,available=0,used=0", "size=8,descriptors=x,available=0,used=0",
+        "size=8,descriptors=0x10000000000000000,available=0,used=0", "kick=1",
+    ],
+)  # fmt: skip
+def test_queues_that_there_cannot_be(text: str) -> None:
+    with pytest.raises(UsageError, match="--queue"):
+        args.parse(["vhost-user", "serve", "/x", "--region=r", f"--queue={text}"])
+
+
+def test_queues_are_numbered() -> None:
+    queue = "--queue=size=8,descriptors=16,available=32,used=64"
+    options = args.parse(["vhost-user", "connect", "/x", "--guest=g", queue, queue])
+    assert [each.where.index for each in options.queues] == [0, 1]
