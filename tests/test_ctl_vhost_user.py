@@ -18,8 +18,8 @@ import pytest
 import trio
 from fakes.xen_devices import XenDevices
 from varlink_fakes import OWNER, SNAPSHOT, FakeRegions, daemon
-from virtio_driver import Driver
 
+from integration.virtio_driver import Driver
 from xshmd.ctl import args, lending, vhost_user
 from xshmd.ctl.__main__ import main
 from xshmd.errors import UsageError

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from fakes.xen_devices import XenDevices
-from virtio_driver import PAGE, Driver
 
+from integration.virtio_driver import PAGE, Driver
 from xshmd.errors import Refused
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import backend as backend_module

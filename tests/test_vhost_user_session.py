@@ -9,8 +9,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from virtio_driver import PAGE, Driver
 
+from integration.virtio_driver import PAGE, Driver
 from xshmd.vhost_user import wire
 from xshmd.vhost_user.memory import CannotMap, Memory
 from xshmd.vhost_user.session import FEATURES, MAX_MEM_SLOTS, PROTOCOL_FEATURES, Session

@@ -16,6 +16,7 @@ from typing import Final
 
 from scatter_words import Toy
 
+from fuzz import vhost_user
 from xshmd.config import static_shm, xlcfg
 from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
@@ -29,6 +30,7 @@ from xshmd.units import PAGE_SHIFT
 from xshmd.varlink import idl
 from xshmd.varlink import records as varlink_records
 from xshmd.varlink import wire as varlink_wire
+from xshmd.vhost_user import wire
 from xshmd.xen import store_wire
 
 CORPUS: Final = Path(__file__).parent / "corpus"
@@ -326,6 +328,18 @@ TARGETS: Final = {
             ),
         ),
         Target(name="varlink-stream", run=varlink_stream, words=(b"\0", b"{}\0", b"x" * 1024)),
+        Target(
+            name="vhost-user", run=vhost_user.vhost_user,
+            words=tuple(
+                wire.HEADER.pack(request, flags, size)
+                for request in wire.Request for flags in (1, 9) for size in (0, 8, 40, 48)
+            ),
+        ),
+        Target(
+            name="virtqueue", run=vhost_user.virtqueue,
+            words=(b"\x00\x00\x00\x3a\0\0\0\0", b"\x10\0\0\0\1\0\1\0", b"\xff\xff\xff\xff",
+                b"\x00\x01\x00\x3a\0\0\0\0", b"\x20\0\0\0\4\0\0\0", b"\2\0", b"\4\0"),
+        ),
         Target(
             name="varlink-idl", run=varlink_idl,
             words=_words("interface type method error -> ( ) : , ? [] [string] string int object"),

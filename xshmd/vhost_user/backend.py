@@ -45,6 +45,10 @@ class _Connection:
     def polled(self) -> bool:
         return any(vring.polled and vring.enabled for vring in self.session.vrings)
 
+    @property
+    def busy(self) -> bool:
+        return any(vring.more for vring in self.session.vrings)
+
 
 class Backend:
     """Serves a device to whoever connects.
@@ -151,8 +155,8 @@ class Backend:
         for connection in tuple(self._connections):
             if connection.begun_at and now - connection.begun_at > MESSAGE_S:
                 self._end(connection, "a message was not whole in time")
-            elif connection.polled:
-                self._process_polled(connection)
+            else:
+                self._process(connection)
 
     def close(self) -> None:
         """End every connection and close every descriptor; nothing can be served afterwards."""
@@ -167,6 +171,8 @@ class Backend:
         os.close(self._wake_write)
 
     def _patience(self) -> float | None:
+        if any(connection.busy for connection in self._connections):
+            return 0
         if any(connection.polled for connection in self._connections):
             return POLL_S
         return MESSAGE_S if any(each.begun_at for each in self._connections) else None
@@ -225,9 +231,10 @@ class Backend:
                 del connection.watched[vring.kick]
         connection.session.process(index)
 
-    def _process_polled(self, connection: _Connection) -> None:
+    def _process(self, connection: _Connection) -> None:
+        """Look into queues that nobody announces anything in, or that have more."""
         for index, vring in enumerate(connection.session.vrings):
-            if vring.polled:
+            if vring.polled or vring.more:
                 connection.session.process(index)
 
     def _end(self, connection: _Connection, why: str) -> None:

@@ -75,6 +75,8 @@ class Vring:
         self.enabled = False
         self.polled = False
         """Whether nobody will say that there is something in it: it must be looked at."""
+        self.more = False
+        """Whether requests were left for the next time, for others' sake."""
         self.kick = self.call = self.error = -1
         self.queue: Virtqueue | None = None
         """Once it is started."""
@@ -92,8 +94,7 @@ class Vring:
         if self.queue is not None:
             self.base = self.queue.next_available
             self.queue = None
-        self.broken = False
-        self.polled = False
+        self.broken = self.polled = self.more = False
         self.replace("kick", -1)
 
     def close(self) -> None:
@@ -322,14 +323,14 @@ class Session:
     # -- requests -------------------------------------------------------------------------------
 
     def process(self, index: int) -> int:
-        """Answer what waits in a queue; return how many requests that were.
+        """Answer what waits in a queue, up to its size; return how many requests that were.
 
         A queue in which the driver put what makes no sense is not looked at again until it is set
         up anew; its error descriptor, if it has one, says so.
         """
         vring = self.vrings[index]
         done = 0
-        notify = False
+        notify = vring.more = False
         try:
             if vring.broken or not vring.enabled or not self._start(vring):
                 return 0
@@ -338,6 +339,11 @@ class Session:
                 written = self._device.handle(self.memory, index, chain)
                 notify |= vring.queue.push(chain, written)
                 done += 1
+                # A driver that adds on and on, or a request that writes into the ring, must not
+                # keep other front-ends waiting.
+                if done == vring.size:
+                    vring.more = True
+                    break
         except _BROKEN:
             vring.broken = True
             _signal(vring.error)
