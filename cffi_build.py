@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-STABLE_LIBRARIES = ("xencall", "xenforeignmemory")
+STABLE_LIBRARIES = ("xencall", "xenforeignmemory", "xengnttab", "xentoollog")
 XENCTRL_LIBRARIES = ("xenctrl", "xentoollog")
 # cffi's own C calls memset(), and Python.h of 3.13 no longer declares it under the limited API.
 COMPILE_ARGS = ("-O2", "-include", "string.h")
@@ -65,6 +65,24 @@ STABLE.cdef(
                            const uint64_t *gfns, size_t nr, uint8_t *present);
     int xenforeignmemory_unmap(xenforeignmemory_handle *fmem, void *addr, size_t pages);
     void *memset(void *s, int c, size_t n);
+
+    typedef struct xenforeignmemory_resource_handle xenforeignmemory_resource_handle;
+    xenforeignmemory_resource_handle *xshm_grant_table(xenforeignmemory_handle *fmem,
+                                                       uint16_t domid, uint32_t nr_table_frames,
+                                                       void **table);
+    int xenforeignmemory_unmap_resource(xenforeignmemory_handle *fmem,
+                                        xenforeignmemory_resource_handle *fres);
+    uint32_t xshm_grants_write(void *table, uint32_t first_ref, uint32_t nr, uint16_t domid,
+                               uint32_t first_gfn, int readonly);
+    uint32_t xshm_grants_end(void *table, uint32_t first_ref, uint32_t nr);
+    uint32_t xshm_grants_in_use(const void *table, uint32_t first_ref, uint32_t nr);
+
+    typedef struct xengntdev_handle xengnttab_handle;
+    xengnttab_handle *xshm_gnttab_open(void);
+    int xengnttab_close(xengnttab_handle *xgt);
+    void *xshm_gnttab_map(xengnttab_handle *xgt, uint32_t domid, uint32_t first_ref, uint32_t nr,
+                          int writable);
+    int xengnttab_unmap(xengnttab_handle *xgt, void *start_address, uint32_t count);
     """
 )
 STABLE.set_source(
@@ -75,12 +93,16 @@ STABLE.set_source(
     #include <errno.h>
     #include <limits.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <stdlib.h>
     #include <string.h>
     #include <sys/mman.h>
     #include <xencall.h>
     #include <xenforeignmemory.h>
+    #include <xengnttab.h>
+    #include <xentoollog.h>
     #include <xen/xen.h>
+    #include <xen/grant_table.h>
     #include <xen/memory.h>
 
     /* One hypercall-safe buffer serves both directions; its parts, for a capacity of n entries:
@@ -375,6 +397,100 @@ STABLE.set_source(
         free(frames); free(errs);
         return rc;
     }
+
+    /* The first frames of a domain's grant table, which Xen makes as large as is asked for
+     * (xen/common/grant_table.c, gnttab_acquire_resource()). */
+    static xenforeignmemory_resource_handle *xshm_grant_table(xenforeignmemory_handle *fmem,
+                                                              uint16_t domid,
+                                                              uint32_t nr_table_frames,
+                                                              void **table)
+    {
+        *table = NULL;
+        return xenforeignmemory_map_resource(
+            fmem, domid, XENMEM_resource_grant_table, XENMEM_resource_grant_table_id_shared, 0,
+            nr_table_frames, table, PROT_READ | PROT_WRITE, 0);
+    }
+
+    #define XSHM_IN_USE (GTF_reading | GTF_writing)   /* set and cleared by Xen alone */
+
+    /* Returns how many entries could not be written, as a domain still maps what they gave it. */
+    static uint32_t xshm_grants_write(void *table, uint32_t first_ref, uint32_t nr,
+                                      uint16_t domid, uint32_t first_gfn, int readonly)
+    {
+        grant_entry_v1_t *entry = (grant_entry_v1_t *)table + first_ref;
+        uint16_t flags = GTF_permit_access | (readonly ? GTF_readonly : 0);
+        uint32_t i, busy = 0;
+
+        for ( i = 0; i < nr; i++, entry++ ) {
+            uint16_t found = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+            if ( (found & ~XSHM_IN_USE) == flags && entry->domid == domid &&
+                 entry->frame == first_gfn + i )
+                continue;   /* done by an attempt that was cut off */
+            if ( found & XSHM_IN_USE ) {
+                busy++;
+                continue;
+            }
+            __atomic_store_n(&entry->flags, 0, __ATOMIC_RELEASE);
+            entry->domid = domid;
+            entry->frame = first_gfn + i;
+            __atomic_store_n(&entry->flags, flags, __ATOMIC_RELEASE);
+        }
+        return busy;
+    }
+
+    /* Returns how many entries a domain still maps.  Of those what Xen set is kept, so that it can
+     * be seen when it is gone; no type, so that nobody maps them anew; and read-only, so that who
+     * maps one for reading does not come to write (_set_status_v1() asks a domain that has an entry
+     * mapped for nothing else). */
+    static uint32_t xshm_grants_end(void *table, uint32_t first_ref, uint32_t nr)
+    {
+        grant_entry_v1_t *entry = (grant_entry_v1_t *)table + first_ref;
+        uint32_t i, in_use = 0;
+
+        for ( i = 0; i < nr; i++, entry++ ) {
+            uint16_t found = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE), left;
+            do
+                left = found & XSHM_IN_USE ? (found & XSHM_IN_USE) | GTF_readonly : 0;
+            while ( !__atomic_compare_exchange_n(&entry->flags, &found, left, 0,
+                                                 __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) );
+            in_use += !!left;
+        }
+        return in_use;
+    }
+
+    static uint32_t xshm_grants_in_use(const void *table, uint32_t first_ref, uint32_t nr)
+    {
+        const grant_entry_v1_t *entry = (const grant_entry_v1_t *)table + first_ref;
+        uint32_t i, in_use = 0;
+
+        for ( i = 0; i < nr; i++, entry++ )
+            in_use += !!(__atomic_load_n(&entry->flags, __ATOMIC_RELAXED) & XSHM_IN_USE);
+        return in_use;
+    }
+
+    static xengnttab_handle *xshm_gnttab_open(void)
+    {
+        /* As of libxenctrl, below: every error comes back and is reported by us. */
+        return xengnttab_open((xentoollog_logger *)
+                              xtl_createlogger_stdiostream(stderr, XTL_CRITICAL, 0), 0);
+    }
+
+    static void *xshm_gnttab_map(xengnttab_handle *xgt, uint32_t domid, uint32_t first_ref,
+                                 uint32_t nr, int writable)
+    {
+        uint32_t *refs = calloc(nr, sizeof *refs), i;
+        void *map = NULL;
+
+        for ( i = 0; refs && i < nr; i++ )
+            refs[i] = first_ref + i;
+        if ( refs )
+            map = xengnttab_map_domain_grant_refs(
+                xgt, nr, domid, refs, writable ? PROT_READ | PROT_WRITE : PROT_READ);
+        i = errno;
+        free(refs);
+        errno = i;
+        return map;
+    }
     """,
     libraries=list(STABLE_LIBRARIES),
     extra_compile_args=list(COMPILE_ARGS),
@@ -397,7 +513,8 @@ XENCTRL.cdef(
                      int32_t max_grant_frames, max_maptrack_frames; uint32_t grant_opts,
                      vmtrace_size, emulation_flags; } xshm_recipe;
     void xshm_holder_recipe(const uint8_t handle[16], xshm_recipe *out);
-    int xshm_create_holder(xc_interface *xch, const uint8_t handle[16], uint32_t *domid);
+    int xshm_create_holder(xc_interface *xch, const uint8_t handle[16], uint32_t nr_grant_frames,
+                           uint32_t *domid);
     int xc_domain_max_vcpus(xc_interface *xch, uint32_t domid, unsigned int max);
     int xc_domain_setmaxmem(xc_interface *xch, uint32_t domid, uint64_t max_memkb);
     int xc_domain_set_target(xc_interface *xch, uint32_t domid, uint32_t target);
@@ -514,10 +631,13 @@ XENCTRL.set_source(
     #endif
     }
 
-    static int xshm_create_holder(xc_interface *xch, const uint8_t handle[16], uint32_t *domid)
+    /* One that serves grants differs in nothing but the most its grant table may grow to. */
+    static int xshm_create_holder(xc_interface *xch, const uint8_t handle[16],
+                                  uint32_t nr_grant_frames, uint32_t *domid)
     {
         struct xen_domctl_createdomain c;
         xshm_fill(handle, &c);
+        c.max_grant_frames = nr_grant_frames;
         *domid = 0x7FF5;   /* DOMID_ANY, by number: the name is younger than Xen 4.18's headers */
         return xc_domain_create(xch, domid, &c);
     }

@@ -70,8 +70,14 @@ class Hypervisor(Protocol):
         """Return every domain, dom0 included, in domid order."""
         ...
 
-    def create_holder_domain(self, uuid: str) -> DomId:
-        """Create a domain by the holder recipe: vCPU 0 there, never to run, owning no page."""
+    def create_holder_domain(self, uuid: str, *, nr_grant_frames: int = 1) -> DomId:
+        """Create a domain by the holder recipe: vCPU 0 there, never to run, owning no page.
+
+        Args:
+            uuid: Its handle.
+            nr_grant_frames: The most frames that its grant table may have; more than one makes it
+                a holder that serves grants, which must never be a target.
+        """
         ...
 
     def destroy(self, domid: DomId) -> None:
@@ -155,6 +161,50 @@ class Hypervisor(Protocol):
         Returns:
             How many bytes: those of the shorter of the two lists.
         """
+        ...
+
+    def write_grants(
+        self,
+        holder: DomId,
+        first_ref: int,
+        nr_frames: int,
+        first_gfn: Gfn,
+        guest: DomId,
+        *,
+        readonly: bool,
+    ) -> None:
+        """Give a guest grant references to the holder's frames from ``first_gfn`` on.
+
+        Args:
+            holder: Whose frames and whose grant table they are.
+            first_ref: The first of the consecutive references.
+            nr_frames: How many frames, and references.
+            first_gfn: The first frame.
+            guest: Who alone may map them.
+            readonly: Whether Xen is to refuse to map them writable.
+
+        Raises:
+            HypercallFailed: EBUSY if a domain still maps what one of the references was before;
+                the others are written.
+        """
+        ...
+
+    def end_grants(self, holder: DomId, first_ref: int, nr_frames: int) -> int:
+        """Let nobody map these references any more; return how many are still mapped.
+
+        Who has one of those mapped may map it again until its last mapping of it is gone; not
+        writable if it was not.
+        """
+        ...
+
+    def grants_in_use(self, holder: DomId, first_ref: int, nr_frames: int) -> int:
+        """Return how many of these references are mapped at this moment."""
+        ...
+
+    def map_grants(
+        self, holder: DomId, first_ref: int, nr_frames: int, *, writable: bool
+    ) -> PageMap:
+        """Map references that were given to the control domain into this process."""
         ...
 
     def host_ranges(self) -> tuple[HostRange, ...]:

@@ -153,15 +153,17 @@ class ContractHost:
     def fresh_uuid(self) -> str:
         return str(uuid_module.uuid4())
 
-    def bare(self, uuid: str = "") -> DomId:
+    def bare(self, uuid: str = "", *, nr_grant_frames: int = 1) -> DomId:
         """Return a domain as the recipe makes it: no memory, nothing added."""
-        domid = self.xen.create_holder_domain(uuid or self.fresh_uuid())
+        domid = self.xen.create_holder_domain(
+            uuid or self.fresh_uuid(), nr_grant_frames=nr_grant_frames
+        )
         self._made.append(domid)
         return domid
 
-    def domain(self, pool_frames: int = ENOUGH_POOL_FRAMES) -> DomId:
+    def domain(self, pool_frames: int = ENOUGH_POOL_FRAMES, *, nr_grant_frames: int = 1) -> DomId:
         """Return a domain with a paging pool of this size and no memory."""
-        domid = self.bare()
+        domid = self.bare(nr_grant_frames=nr_grant_frames)
         self.xen.set_paging_pool_bytes(domid, bytes_of(pool_frames))
         return domid
 
@@ -188,12 +190,12 @@ class ContractHost:
         with suppress(HypercallFailed):  # ENOMEM: "failed to free enough", once all are freed
             self.xen.set_paging_pool_bytes(domid, 0)
 
-    def holder(self, nr_frames: int = 4) -> DomId:
+    def holder(self, nr_frames: int = 4, *, nr_grant_frames: int = 1) -> DomId:
         """Return a domain with pages at ``HOLDER_GFN``, and no right to more.
 
         They are zeroed if they are few: of thousands that takes an emulated machine long.
         """
-        domid = self.domain()
+        domid = self.domain(nr_grant_frames=nr_grant_frames)
         self.xen.set_max_pages(domid, nr_frames)
         self.xen.populate(domid, HOLDER_GFN, nr_frames)
         if nr_frames <= FEW_FRAMES:

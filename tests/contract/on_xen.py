@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xshmd.errors import XshmError
+from xshmd.units import DOMID_0
 from xshmd.xen.hypervisor import XenHypervisor
 
 from .cases import CASES
@@ -36,6 +37,9 @@ def main(names: Sequence[str]) -> int:
         # dom0 may need pages of its own to map others', and keeps them: let it have them first.
         with ContractHost(xen) as make:
             xen.zero(make.holder(4096), HOLDER_GFN, 4096)
+            granter = make.holder(1)
+            xen.write_grants(granter, 8, 1, HOLDER_GFN, DOMID_0, readonly=True)
+            xen.map_grants(granter, 8, 1, writable=False).close()
         memory = FreeMemory(xen, QUIET_S)
         free_before = memory.settled()
         for name, case in chosen:

@@ -12,6 +12,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from fakes.grants import GrantTables
 from fakes.hypercalls import SimulatedCalls
 from fakes.machine import CONTROL_DOMAIN, SimulatedMap
 from fakes.objects import DOMAIN_OVERHEAD_PAGES, Domain, Entry, ModelViolation, Page
@@ -48,13 +49,13 @@ PV_DOM0_UNMAPPABLE: Final = errno.EINVAL
 READ_ONLY: Final = frozenset(
     {
         "host_info", "domain_info", "domains", "paging_pool_bytes", "populated_frames", "map_pages",
-        "host_ranges", "entry_register",
+        "host_ranges", "entry_register", "grants_in_use", "map_grants",
     }
 )  # fmt: skip
 """Calls after which the world is as it was."""
 
 
-class SimulatedXen(SimulatedCalls, SimulatedCopies):
+class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
     """The model: what each call of the port does to the machine."""
 
     # -- facts ----------------------------------------------------------------------------------
@@ -62,7 +63,8 @@ class SimulatedXen(SimulatedCalls, SimulatedCopies):
     def host_info(self) -> HostInfo:
         with self._call("host_info"):
             return HostInfo(
-                arch=self.arch, xen_version=self.version, xen_extra=".4", xen_command_line="",
+                arch=self.arch, xen_version=self.version, xen_extra=".4",
+                xen_command_line=self.command_line,
                 has_hvm=True, has_hap=True,
                 free_pages=self.free_pages, total_pages=self.total_pages,
             )  # fmt: skip
@@ -120,9 +122,13 @@ class SimulatedXen(SimulatedCalls, SimulatedCopies):
             self._check_conservation()
             return domain
 
-    def create_holder_domain(self, uuid: str) -> DomId:
-        with self._call("create_holder_domain", uuid):
-            return self.make_domain(uuid).domid
+    def create_holder_domain(self, uuid: str, *, nr_grant_frames: int = 1) -> DomId:
+        with self._call("create_holder_domain", uuid, nr_grant_frames):
+            if nr_grant_frames < 1:  # common/grant_table.c grant_table_init()
+                raise failure("xc_domain_create", None, errno.EINVAL)
+            domain = self.make_domain(uuid)
+            domain.max_grant_frames = nr_grant_frames
+            return domain.domid
 
     def destroy(self, domid: DomId) -> None:
         with self._call("destroy", domid):
@@ -139,6 +145,7 @@ class SimulatedXen(SimulatedCalls, SimulatedCopies):
         kept = X86_ZOMBIE_POOL_PAGES if self.arch is Arch.X86_64 and domain.hvm else 0
         self.free_pages += domain.pool_pages - kept
         domain.pool_pages = kept
+        self._release_mappings(domain)
         entries, domain.p2m = domain.p2m, {}
         for entry in entries.values():
             if entry.foreign:

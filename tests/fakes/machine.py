@@ -130,6 +130,10 @@ class Machine:
         """Arm: foreign pages added twice at one frame, which nothing ever gives back."""
         self.crashed: list[DomId] = []
         self.host_memory: tuple[HostRange, ...] = (REGISTERS, PLAIN_BAR)
+        self.command_line = ""
+        """Xen's."""
+        self.granted_maps: set[SimulatedMap] = set()
+        """What guests have mapped by grant references."""
         self.open_maps: set[SimulatedMap] = set()
         """The control domain's mappings."""
         self._lock = threading.RLock()
@@ -207,7 +211,7 @@ class Machine:
                         seen[entry.page] = seen.get(entry.page, 0) + 1
                     elif entry.page.owner is not domain:
                         raise ModelViolation("RAM of a domain that another owns")
-            for mapping in self.open_maps:
+            for mapping in (*self.open_maps, *self.granted_maps):
                 for page in mapping._pages:
                     seen[page] = seen.get(page, 0) + 1
             lost = 0
@@ -246,9 +250,10 @@ class Machine:
             self._free_if_unused(page)
 
     def drop_map(self, mapping: SimulatedMap, pages: Sequence[Page]) -> None:
-        """Undo a mapping of the control domain."""
+        """Undo a mapping of the control domain, or one that a guest has by grants."""
         with self._lock:
             self.open_maps.discard(mapping)
+            self.granted_maps.discard(mapping)
             for page in pages:
                 self._put(page)
             self._check_conservation()

@@ -64,6 +64,25 @@ class Entry:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class GrantEntry:
+    """An entry of a grant table, with what Xen knows of it (struct active_grant_entry)."""
+
+    valid: bool = False
+    """GTF_permit_access"""
+    readonly: bool = False
+    domid: int = 0
+    gfn: int = 0
+    readers: int = 0
+    writers: int = 0
+    pinned: Page | None = None
+    """The page that is mapped by it, while one is."""
+
+    @property
+    def in_use(self) -> bool:
+        return self.readers + self.writers > 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Domain:
     """common/domain.c struct domain, as far as it matters here."""
 
@@ -100,6 +119,8 @@ class Domain:
     entry_register: int | None = None
     """vCPU 0's rbx; None while the vCPU is down."""
     overhead_pages: int = DOMAIN_OVERHEAD_PAGES
+    max_grant_frames: int = 1
+    grants: dict[int, GrantEntry] = dataclasses.field(default_factory=dict)
 
     @property
     def pool_in_use(self) -> int:

@@ -270,6 +270,11 @@ class World:
         """Say what the guest lacks of its regions; nothing if it has all."""
         domain = self.xen.by_domid[domid]
         for request in config.requests:
+            told = self.server.read(f"/local/domain/{domid}/xshm/{request.region_id}") or ""
+            if "transport=grant" in told:
+                if missing := self._missing_grants(domid, request):
+                    return f"domain {domid} ({config.name}) lacks {missing}"
+                continue
             for gfn in range(request.first_gfn, request.end_gfn):
                 if gfn in domain.direct:  # host memory, which is no domain's page
                     continue
@@ -280,6 +285,29 @@ class World:
                 if not is_holder_uuid(owner.uuid):
                     return f"domain {domid} has a page of domain {owner.domid}, which is no holder"
         return ""
+
+    def grants_told(self, domid: DomId, region_id: str) -> list[tuple[DomId, int, int]]:
+        """Return the references a guest reads in its node: holder, the first, how many."""
+        told = self.server.read(f"/local/domain/{domid}/xshm/{region_id}") or ""
+        words = dict(word.partition("=")[::2] for word in told.split())
+        found = []
+        for text in filter(None, words.get("grants", "").split(",")):
+            holder, _, refs = text.partition(":")
+            first, _, count = refs.partition("+")
+            found.append((DomId(int(holder)), int(first), int(count)))
+        return found
+
+    def _missing_grants(self, domid: DomId, request: RegionRequest) -> str:
+        count = 0
+        for holder, first_ref, nr_frames in self.grants_told(domid, request.region_id):
+            table = self.xen.by_domid[holder].grants
+            for ref in range(first_ref, first_ref + nr_frames):
+                entry = table.get(ref)
+                if entry is None or not entry.valid or entry.domid != domid:
+                    return f"reference {ref} of domain {holder} to {request.region_id}"
+            count += nr_frames
+        wanted = request.nr_frames
+        return "" if count == wanted else f"{wanted - count} references to {request.region_id}"
 
     def _check_run(self, domid: DomId) -> None:
         domain = self.xen.by_domid[domid]

@@ -26,7 +26,7 @@ def _load(name: str, needs: str) -> tuple[Any, Any]:
 
 def stable() -> tuple[Any, Any]:
     """Return the binding of Xen's libraries with a stable ABI."""
-    return _load("_stable", "libxencall.so.1 and libxenforeignmemory.so.1")
+    return _load("_stable", "libxencall.so.1, libxenforeignmemory.so.1 and libxengnttab.so.1")
 
 
 def xenctrl() -> tuple[Any, Any]:

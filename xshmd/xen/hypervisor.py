@@ -29,13 +29,14 @@ from xshmd.units import (
     DomId,
     Gfn,
     Mfn,
-    bytes_of,
 )
 from xshmd.xen import _ffi
 from xshmd.xen.buffers import Buffers, Lent, pages_for
 from xshmd.xen.call_memory import CallMemory
 from xshmd.xen.errno_table import failure
+from xshmd.xen.grants import GrantCalls
 from xshmd.xen.host_ranges import find_host_ranges
+from xshmd.xen.pages import MappedPages
 from xshmd.xen.scatter_copy import Binding, copy_ranges
 
 BATCH_FRAMES: Final = 16384
@@ -51,65 +52,7 @@ ADD_MAPPING: Final = 1
 REMOVE_MAPPING: Final = 0
 
 
-class MappedPages:
-    """A dom0 mapping of a domain's frames.  See :class:`~xshmd.ports.PageMap`.
-
-    Synchronization: none; one user at a time.
-    """
-
-    def __init__(self, lib: Any, ffi: Any, handle: Any, address: Any, nr_frames: int) -> None:
-        self._lib, self._ffi, self._handle = lib, ffi, handle
-        self._address, self._nr_frames = address, nr_frames
-
-    def _window(self, offset_bytes: int, nr_bytes: int) -> Any:
-        if self._address is None:
-            raise ValueError("the mapping is closed")
-        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(self._nr_frames):
-            raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the mapping")
-        return self._ffi.buffer(self._ffi.cast("char *", self._address) + offset_bytes, nr_bytes)
-
-    def read(self, offset_bytes: int, nr_bytes: int) -> bytes:
-        return bytes(self._window(offset_bytes, nr_bytes))
-
-    def write(self, offset_bytes: int, data: bytes) -> None:
-        self._window(offset_bytes, len(data))[:] = data
-
-    def fill(self, value: int) -> None:
-        """Set every byte of the mapping to ``value``."""
-        self._window(0, 0)
-        self._lib.memset(self._address, value, bytes_of(self._nr_frames))
-
-    def into_view(self, on_unmapped: Callable[[], None]) -> memoryview:
-        """Give the mapping up to a view of it: it lasts as long as that and all made from it.
-
-        Args:
-            on_unmapped: Called when it is over, by whichever thread drops the last view; until
-                then the hypervisor's own handles must stay open.
-        """
-        self._window(0, 0)
-        address, self._address = self._address, None
-        lib, handle, nr_frames = self._lib, self._handle, self._nr_frames
-
-        def unmap(_address: Any) -> None:
-            lib.xenforeignmemory_unmap(handle, address, nr_frames)
-            on_unmapped()
-
-        owned = self._ffi.gc(self._ffi.cast("char *", address), unmap)
-        return memoryview(self._ffi.buffer(owned, bytes_of(nr_frames)))
-
-    def close(self) -> None:
-        if self._address is not None:
-            self._lib.xenforeignmemory_unmap(self._handle, self._address, self._nr_frames)
-            self._address = None
-
-    def __enter__(self) -> MappedPages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class XenHypervisor:
+class XenHypervisor(GrantCalls):
     """Xen, through its own libraries.  Opening it needs root in a control domain.
 
     Attributes:
@@ -154,6 +97,7 @@ class XenHypervisor:
     def close(self) -> None:
         """Free everything; may be called again without harm."""
         with self._lock:
+            self._close_gnttab()
             self._closing.close()
 
     def __enter__(self) -> XenHypervisor:
@@ -254,10 +198,10 @@ class XenHypervisor:
 
     # -- domains --------------------------------------------------------------------------------
 
-    def create_holder_domain(self, uuid: str) -> DomId:
+    def create_holder_domain(self, uuid: str, *, nr_grant_frames: int = 1) -> DomId:
         out = self._xffi.new("uint32_t *")
         handle = uuid_module.UUID(uuid).bytes
-        if self._xlib.xshm_create_holder(self._xc, handle, out) < 0:
+        if self._xlib.xshm_create_holder(self._xc, handle, nr_grant_frames, out) < 0:
             raise failure("xc_domain_create", None, self._xffi.errno)
         domid = DomId(out[0])
         try:
@@ -402,7 +346,8 @@ class XenHypervisor:
         )
         if address == self._ffi.NULL:
             raise failure("xenforeignmemory_map", domid, error[0], first_gfn=first_gfn)
-        pages = MappedPages(self._lib, self._ffi, self._foreign, address, nr_frames)
+        unmap = self._lib.xenforeignmemory_unmap
+        pages = MappedPages(self._lib, self._ffi, unmap, self._foreign, address, nr_frames)
         if nr_bad[0]:
             pages.close()
             raise failure("xenforeignmemory_map", domid, error[0], first_gfn=first_gfn)

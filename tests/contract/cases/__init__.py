@@ -10,6 +10,7 @@ from . import (
     crashes,
     ends,
     fresh_domains,
+    grants,
     host_memory,
     mappings,
     memory_maps,
@@ -45,3 +46,7 @@ __all__ = [
     "unknown_domains",
     "zombies",
 ]
+    "CASES", "Case", "buffers", "contents", "crashes", "ends", "fresh_domains", "grants",
+    "host_memory", "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
+    "unknown_domains", "zombies",
+]  # fmt: skip
