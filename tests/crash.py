@@ -126,12 +126,18 @@ def _half_a_map(guest: int, first: int, holder: int, from_gfn: int, nr: int) -> 
     return (guest, first, holder, from_gfn, nr // 2)
 
 
+def _half_the_grants(holder: int, first_ref: int, nr: int, *what: int) -> tuple[int, ...]:
+    return (holder, first_ref, nr // 2, *what)
+
+
 HALVES: Final[dict[str, Callable[..., tuple[int, ...]]]] = {
     "populate": _half_a_range,
     "depopulate": _half_a_range,
     "zero": _half_a_range,
     "unmap": _half_a_range,
     "map_foreign": _half_a_map,
+    "write_grants": _half_the_grants,
+    "end_grants": _half_the_grants,
 }
 
 

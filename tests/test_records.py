@@ -18,11 +18,13 @@ from xshmd.errors import Refused, StoreError
 from xshmd.model import (
     Backing,
     CachePolicy,
+    Grant,
     Guest,
     GuestState,
     Holder,
     Isolation,
     Lifetime,
+    Piece,
     Place,
     Prot,
     ProtEnforcement,
@@ -30,17 +32,28 @@ from xshmd.model import (
     RegionRequest,
     RegionTerms,
     Role,
+    Snapshot,
     Transport,
 )
 from xshmd.units import DomId, Gfn
 
-NEW_IN_GUESTS = {"reserve", "reserved"}
+NEW_IN_GUESTS = {"reserve", "reserved", "grants"}
 """Fields that the first xshmd did not write."""
 WORD = st.text("abcdefghijklmnopqrstuvwxyzABC0123456789_-", min_size=1, max_size=20)
 TEXT = st.text(max_size=30)
 GFN = st.integers(0, 1 << 40).map(Gfn)
 COUNT = st.integers(1, 1 << 30)
-HOLDERS = st.builds(Holder, uuid=WORD, domid=st.integers(-1, 0x7FEF).map(DomId), next_gfn=GFN)
+HOLDERS = st.builds(
+    Holder, uuid=WORD, domid=st.integers(-1, 0x7FEF).map(DomId), next_gfn=GFN,
+    nr_grant_frames=st.integers(1, 64),
+)  # fmt: skip
+PIECES = st.builds(
+    Piece, holder_uuid=WORD, holder_first_gfn=GFN, offset_frames=COUNT, nr_frames=COUNT
+)
+GRANTS = st.builds(
+    Grant, region_id=WORD, holder_uuid=WORD, first_ref=COUNT, nr_frames=COUNT,
+    offset_frames=COUNT, is_ended=st.booleans(),
+)  # fmt: skip
 TERMS = st.builds(
     RegionTerms, prot=st.sampled_from(Prot),
     cache_policy=st.none() | st.sampled_from(CachePolicy),
@@ -53,6 +66,7 @@ REGIONS = st.builds(
     Region, region_id=WORD, nr_frames=COUNT, holder_uuid=WORD, holder_first_gfn=GFN,
     lifetime=st.sampled_from(Lifetime), owner=TEXT, owner_came=st.booleans(), terms=TERMS,
     from_file=st.booleans(), ready=st.booleans(),
+    pieces=st.lists(PIECES, max_size=3).map(tuple),
 )  # fmt: skip
 REQUESTS = st.builds(
     RegionRequest, region_id=WORD, first_gfn=GFN, nr_frames=COUNT, role=st.sampled_from(Role),
@@ -65,7 +79,7 @@ GUESTS = st.builds(
     state=st.sampled_from(GuestState), holder_uuid=WORD | st.just(""),
     requests=st.lists(REQUESTS, max_size=4).map(tuple),
     reserve=st.booleans(), reserved=st.lists(st.tuples(GFN, COUNT), max_size=2).map(tuple),
-    ended_at=st.floats(0, 2e9), failure=TEXT,
+    grants=st.lists(GRANTS, max_size=3).map(tuple), ended_at=st.floats(0, 2e9), failure=TEXT,
 )  # fmt: skip
 PARTS = st.builds(
     Part, generation=WORD, attach=st.lists(REQUESTS, max_size=3).map(tuple),
@@ -265,7 +279,7 @@ def test_what_a_guest_is_told() -> None:
         domid=DomId(7), uuid="u", name="n", generation="g", state=GuestState.ATTACHING,
         requests=(request,),
     )  # fmt: skip
-    told = dict(records.published(guest, ()))
+    told = dict(records.published(guest, Snapshot()))
     assert told.pop("/local/domain/7/xshm", "g") == "g"
     assert dict([saving.forbidden(guest.domid)]).items() <= told.items()
     del told[saving.forbidden(guest.domid)[0]]
@@ -294,7 +308,7 @@ def test_what_a_guest_is_told_of_host_memory_in_its_map() -> None:
     bar = Region(
         region_id="bar", nr_frames=4, holder_uuid="h", holder_first_gfn=Gfn(0), terms=terms
     )
-    told = dict(records.published(guest, (bar,)))
+    told = dict(records.published(guest, Snapshot(regions=(bar,))))
     assert told["/local/domain/7/xshm/plain"].endswith(
         "offset=0x0 backing=holder cache=write-back memory_map=unchanged"
     )

@@ -299,6 +299,39 @@ class Holder:
     domid: DomId
     next_gfn: Gfn
     """First frame of the holder never used yet; frames are not used twice in a holder's life."""
+    nr_grant_frames: int = 1
+    """The most frames its grant table may have; with more than one it serves grants."""
+
+    @property
+    def serves_grants(self) -> bool:
+        """Whether its regions are for guests that map grants; no guest may have it as target."""
+        return self.nr_grant_frames > 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Consecutive frames of a region that are consecutive frames of one holder, too."""
+
+    holder_uuid: str
+    holder_first_gfn: Gfn
+    offset_frames: int
+    """The first of them in the region."""
+    nr_frames: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Consecutive grant references that a guest has to frames of a region."""
+
+    region_id: str
+    holder_uuid: str
+    first_ref: int
+    nr_frames: int
+    """How many frames, and as many references."""
+    offset_frames: int
+    """The first of the frames in the region."""
+    is_ended: bool = False
+    """Nobody may map them any more, but the guest still has some of them mapped."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,10 +354,27 @@ class Region:
     any more."""
     ready: bool = False
     """False while the frames are being populated and zeroed; an unready one is undone at start."""
+    pieces: tuple[Piece, ...] = ()
+    """Where its frames are if its members map grants: one grant table may be too small for all.
+    The first of them is what ``holder_uuid`` and ``holder_first_gfn`` say."""
 
     @property
     def size_bytes(self) -> int:
         return bytes_of(self.nr_frames)
+
+    @property
+    def parts(self) -> tuple[Piece, ...]:
+        """Where all of its frames are."""
+        whole = Piece(
+            holder_uuid=self.holder_uuid, holder_first_gfn=self.holder_first_gfn, offset_frames=0,
+            nr_frames=self.nr_frames,
+        )  # fmt: skip
+        return self.pieces or (whole,)
+
+    @property
+    def holder_uuids(self) -> frozenset[str]:
+        """The holders that have frames of it."""
+        return frozenset(part.holder_uuid for part in self.parts)
 
 
 class GuestState(enum.StrEnum):
@@ -362,6 +412,8 @@ class Guest:
     """Whether its own memory map is to say where its regions are."""
     reserved: tuple[tuple[Gfn, int], ...] = ()
     """First frame and number of frames of the ranges reserved for regions in its memory map."""
+    grants: tuple[Grant, ...] = ()
+    """The grant references that are, or are about to be, its own."""
     ended_at: float = 0.0
     """Seconds since the epoch at which a REBOOTING guest's domain ended; 0 otherwise."""
     failure: str = ""

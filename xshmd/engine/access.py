@@ -13,9 +13,9 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
-from xshmd.model import Backing, Holder, Region
+from xshmd.model import Backing, Holder, Piece, Region
 from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor
-from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
 
 log = structlog.get_logger()
 
@@ -32,28 +32,41 @@ class Access:
 
     async def read(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
         """Do as :meth:`xshmd.ports.RegionsApi.read_region`."""
-        domid, start = self._find(region_id, offset_bytes, nr_bytes)
-        return await self._worker.run(self._read_now, domid, start, nr_bytes)
+        spans = self._find(region_id, offset_bytes, nr_bytes)
+        return b"".join([await self._worker.run(self._read_now, *span) for span in spans])
 
     async def write(
         self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
     ) -> None:
         """Do as :meth:`xshmd.ports.RegionsApi.write_region`, and leave a line in the log."""
-        domid, start = self._find(region_id, offset_bytes, len(data))
+        spans = self._find(region_id, offset_bytes, len(data))
         if dry_run:
             return
-        await self._worker.run(self._write_now, domid, start, data)
+        done = 0
+        for domid, start, nr_bytes in spans:
+            await self._worker.run(self._write_now, domid, start, data[done : done + nr_bytes])
+            done += nr_bytes
         # A large load comes in many pieces: one line says where it began, for a flood of them
         # would have the journal drop others.
         say = log.debug if self._written == (region_id, offset_bytes) else log.info
         say("region written", region=region_id, offset_bytes=offset_bytes, nr_bytes=len(data))
         self._written = (region_id, offset_bytes + len(data))
 
-    def _find(self, region_id: str, offset_bytes: int, nr_bytes: int) -> tuple[DomId, int]:
-        """Return the domain to map, and the byte of it at which the part begins."""
-        region, holder = reachable(self._ledger, self._holders, region_id)
+    def _find(
+        self, region_id: str, offset_bytes: int, nr_bytes: int
+    ) -> list[tuple[DomId, int, int]]:
+        """Return the domains to map, the byte of each at which to begin, and how many bytes."""
+        region, parts = reachable_parts(self._ledger, self._holders, region_id)
         _check_bounds(region, offset_bytes, nr_bytes)
-        return holder.domid, (region.holder_first_gfn << PAGE_SHIFT) + offset_bytes
+        spans = []
+        for part, holder in parts:
+            first = bytes_of(part.offset_frames)
+            begin = max(offset_bytes, first)
+            end = min(offset_bytes + nr_bytes, first + bytes_of(part.nr_frames))
+            if begin < end:
+                start = bytes_of(part.holder_first_gfn) + begin - first
+                spans.append((holder.domid, start, end - begin))
+        return spans
 
     def _read_now(self, domid: DomId, start: int, nr_bytes: int) -> bytes:
         first_gfn, skip, nr_frames = _frames(start, nr_bytes)
@@ -73,11 +86,25 @@ class Access:
 
 
 def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region, Holder]:
-    """Return a region whose frames dom0 can map, and its holder, whose domid is pinned.
+    """Return a region whose frames dom0 can map in one go, and its holder, whose domid is pinned.
 
     Raises:
         NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be had this way.
     """
+    region, parts = reachable_parts(ledger, holders, region_id)
+    if len(parts) > 1:
+        raise Refused(
+            f"region {region_id} is in {len(parts)} holders, as one grant table is too small for it",
+            hint="read and write it with `xshmctl dump` and `xshmctl load`",
+            id=region_id,
+        )
+    return region, parts[0][1]
+
+
+def reachable_parts(
+    ledger: Ledger, holders: Holders, region_id: str
+) -> tuple[Region, tuple[tuple[Piece, Holder], ...]]:
+    """Do as :func:`reachable`, wherever its frames are."""
     region = ledger.region(region_id)
     if region is None:
         raise NoSuchRegion(
@@ -91,15 +118,18 @@ def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region,
             hint="read or write it in a guest that has it",
             id=region_id,
         )
-    holder = ledger.holder(region.holder_uuid)
-    if not region.ready or holder is None:
-        raise Conflict(
-            f"the memory of region {region_id} is not there (any more)",
-            hint="xshmctl show says how it is; try again",
-            id=region_id,
-        )
-    holders.verify(holder)
-    return region, holder
+    found = []
+    for part in region.parts:
+        holder = ledger.holder(part.holder_uuid)
+        if not region.ready or holder is None:
+            raise Conflict(
+                f"the memory of region {region_id} is not there (any more)",
+                hint="xshmctl show says how it is; try again",
+                id=region_id,
+            )
+        holders.verify(holder)
+        found.append((part, holder))
+    return region, tuple(found)
 
 
 def _check_bounds(region: Region, offset_bytes: int, nr_bytes: int) -> None:

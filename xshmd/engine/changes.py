@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
@@ -19,6 +19,7 @@ import structlog
 from xshmd.engine import identity, records
 from xshmd.engine.attach import Span, attach, check, detach, mappings, span_of
 from xshmd.engine.events import EventHub
+from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
@@ -45,10 +46,12 @@ class Changes:
         store: Store,
         ledger: Ledger,
         holders: Holders,
+        grants: Grants,
         hub: EventHub,
     ) -> None:
         self._xen, self._worker, self._store = xen, worker, store
         self._ledger, self._holders, self._hub = ledger, holders, hub
+        self._grants = grants
         self._had: dict[str, set[Span]] = {}
         self._owed: list[Guest] = []
         """Guests whose pause Xen would not take back yet."""
@@ -60,7 +63,7 @@ class Changes:
         for change in plan.guests:
             after = (*change.guest.requests, *change.attach, *change.detach)
             records.check_fits(dataclasses.replace(change.guest, requests=after))
-        nr_frames = sum(new.nr_fresh_frames for new, _ in plan.creates)
+        nr_frames = sum(new.nr_needed_frames for new, _ in plan.creates)
         if nr_frames:
             names = ", ".join(new.region_id for new, _ in plan.creates)
             self._holders.check_memory(f"what is to be made ({names})", nr_frames)
@@ -143,13 +146,16 @@ class Changes:
             if region is not None:
                 await self._holders.move_region(region, homes[home], reason=reason)
         for new, home in plan.creates:
-            await self._holders.add_region(homes[home], new, reason=reason)
+            if new.is_granted:
+                await self._grants.add_region(new, reason=reason)
+            else:
+                await self._holders.add_region(homes[home], new, reason=reason)
         return homes
 
     async def _join(self, guest: Guest, holder_uuid: str) -> None:
         """Make a guest that runs already one of ours: it has nothing yet but a mark."""
         guest = dataclasses.replace(guest, holder_uuid=holder_uuid)
-        await self._ledger.put_guest(guest, also=records.published(guest, self._ledger.regions))
+        await self._ledger.put_guest(guest, also=records.published(guest, self._ledger.snapshot()))
 
     async def settle(self) -> None:
         """Undo or finish what was cut off; what cannot be now is tried again at the next look."""
@@ -189,11 +195,22 @@ class Changes:
 
     async def _attach(self, intent: Intent, part: Part) -> None:
         guest = self._ledger.guest(part.generation)
-        holder = self._ledger.holder(guest.holder_uuid) if guest else None
-        if guest is None or holder is None:
-            raise NoSuchGuest("the guest or its holder ended meanwhile", hint="look again")
+        if guest is None:
+            raise NoSuchGuest("the guest ended meanwhile", hint="look again")
+        if requests := self._grants.mapped_for(part.attach):
+            await self._map(intent, part, guest, requests)
+        if requests := self._grants.mapped_by_guest(part.attach):
+            await self._grants.attach(guest, requests)
+        self._hub.joined(guest, part.attach, intent.reason)
+
+    async def _map(
+        self, intent: Intent, part: Part, guest: Guest, requests: tuple[RegionRequest, ...]
+    ) -> None:
+        holder = self._ledger.holder(guest.holder_uuid)
+        if holder is None:
+            raise NoSuchGuest("the guest's holder ended meanwhile", hint="look again")
         self._holders.verify(holder)
-        to_be = dataclasses.replace(guest, requests=part.attach)
+        to_be = dataclasses.replace(guest, requests=requests)
         wanted = mappings(to_be, {region.region_id: region for region in self._ledger.regions})
         async with self._held(intent, part, guest) as part:
             check(self._xen, guest, wanted)
@@ -206,8 +223,7 @@ class Changes:
                     self._xen, guest, holder, wanted, again=True, with_tables=self._tables_of(guest)
                 )
             )
-            self._had[guest.generation] |= {span_of(one) for one in part.attach}
-        self._hub.joined(guest, part.attach, intent.reason)
+            self._had[guest.generation] |= {span_of(one) for one in requests}
 
     def _tables_of(self, guest: Guest) -> set[Span]:
         """Return where the guest has or had regions, as far as this life of ours knows."""
@@ -220,10 +236,11 @@ class Changes:
             guest = self._ledger.guest(part.generation)
             if guest is None:
                 continue
+            guest = await self._take_grants(guest, part.attach)
             if part.is_mapping:
                 with contextlib.suppress(DomainGone):
                     await self._unmap_attached(intent, part, guest)
-            elif part.is_late:
+            elif part.is_late and not guest.grants:
                 if await self._store.read(records.mark_path(guest.domid)) == guest.generation:
                     await self._store.remove(records.mark_path(guest.domid))
                 await self._ledger.drop_guest(guest.generation)
@@ -234,11 +251,14 @@ class Changes:
         await self._ledger.drop_intent(intent.id)
         log.info("changes undone", reason=intent.reason)
 
+    async def _take_grants(self, guest: Guest, requests: Iterable[RegionRequest]) -> Guest:
+        granted = set(_ids(self._grants.mapped_by_guest(requests)))
+        return await self._grants.take(guest, granted) if granted else guest
+
     async def _unmap_attached(self, intent: Intent, part: Part, guest: Guest) -> None:
         async with self._held(intent, part, guest) as part:
-            await self._worker.run(
-                lambda: detach(self._xen, guest, part.attach, self._ledger.regions)
-            )
+            theirs = self._grants.mapped_for(part.attach)
+            await self._worker.run(lambda: detach(self._xen, guest, theirs, self._ledger.regions))
             # While it stands still: what it puts there from now on is its own.  Its target stays
             # set, so it stays ours.
             done = dataclasses.replace(part, is_mapping=False, is_late=False)
@@ -271,7 +291,7 @@ class Changes:
         """Have the guest's record and its nodes say what it was given; may be done again."""
         new = tuple(one for one in part.attach if one not in guest.requests)
         guest = dataclasses.replace(guest, requests=(*guest.requests, *new))
-        also = records.published(guest, self._ledger.regions) if self._lives(guest) else ()
+        also = records.published(guest, self._ledger.snapshot()) if self._lives(guest) else ()
         await self._ledger.put_guest(guest, also=also)
 
     async def _take_away(self, intent: Intent, part: Part, guest: Guest) -> None:
@@ -283,17 +303,27 @@ class Changes:
         if guest.state is GuestState.REBOOTING or not self._lives(guest):
             await self._ledger.put_guest(without)  # should it come back, it comes without
             return
-        if old:
+        guest = await self._take_grants(guest, part.detach)
+        without = dataclasses.replace(without, grants=guest.grants)
+        if mapped := self._grants.mapped_for(old):
             try:
-                await self._unmap(intent, part, guest, without, old)
+                await self._unmap(intent, part, guest, without, mapped)
             except DomainGone:  # and its mappings with it
                 await self._ledger.put_guest(without)
                 return
+        if granted := self._grants.mapped_by_guest(old):
+            await self._ledger.put_guest(without)
+            self._hub.left(guest, granted, intent.reason)
         for region_id in set(_ids(part.detach)) - set(_ids(without.requests)):
             await self._store.remove(f"{records.mark_path(guest.domid)}/{region_id}")
 
     async def _unmap(
-        self, intent: Intent, part: Part, guest: Guest, without: Guest, old: list[RegionRequest]
+        self,
+        intent: Intent,
+        part: Part,
+        guest: Guest,
+        without: Guest,
+        old: Sequence[RegionRequest],
     ) -> None:
         async with self._held(intent, part, guest):
             self._tables_of(guest)

@@ -11,6 +11,7 @@ import structlog
 from xshmd.engine.changes import Changes
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
+from xshmd.engine.grants import Grants
 from xshmd.engine.holders import NO_DOMAIN, Holders
 from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
@@ -52,12 +53,13 @@ class Ends:
         ledger: Ledger,
         holders: Holders,
         gate: Gate,
+        grants: Grants,
         changes: Changes,
         leases: Leases,
         hub: EventHub,
         options: Options,
     ) -> None:
-        self._changes, self._leases, self._hub = changes, leases, hub
+        self._grants, self._changes, self._leases, self._hub = grants, changes, leases, hub
         self._store, self._clock, self._ledger = store, clock, ledger
         self._holders, self._gate, self._options = holders, gate, options
         self._reasons: dict[str, int] = {}
@@ -75,6 +77,7 @@ class Ends:
         Returns:
             After how many seconds to collect again; 0 if now.
         """
+        guest = await self._grants.forget(guest)
         self._gate.unlock(guest)
         self._gate.forget(guest)
         await remove_stray(self._store, guest.domid)
@@ -95,8 +98,8 @@ class Ends:
     async def collect(self) -> None:
         """Free every region and holder that nobody has or awaits."""
         for region in self._ledger.regions:
-            if self._ledger.holder(region.holder_uuid) is None:
-                await self._ledger.drop_region(region.region_id)
+            if any(self._ledger.holder(uuid) is None for uuid in region.holder_uuids):
+                await self._holders.free_frames(region)
         back = {g.name for g in self._ledger.guests if g.state is GuestState.ATTACHED}
         for guest in self._ledger.guests:
             if guest.state is not GuestState.REBOOTING:
@@ -109,9 +112,10 @@ class Ends:
         await self._note_owners()
         await self._withdraw_orphans()
         for holder in self._ledger.holders:
-            theirs = [r for r in self._ledger.regions if r.holder_uuid == holder.uuid]
+            theirs = [r for r in self._ledger.regions if holder.uuid in r.holder_uuids]
             unused = [region for region in theirs if self._is_unused(region)]
-            if unused == theirs and not self._is_targeted(holder):
+            alone = all(len(region.holder_uuids) == 1 for region in unused)
+            if unused == theirs and alone and not self._is_needed(holder):
                 await self._free_all(holder, theirs)
             else:
                 for region in unused:
@@ -155,8 +159,13 @@ class Ends:
             self._leases.ask_back([region.region_id], OWNER_GONE)
         return False
 
-    def _is_targeted(self, holder: Holder) -> bool:
-        return any(guest.holder_uuid == holder.uuid for guest in self._ledger.guests)
+    def _is_needed(self, holder: Holder) -> bool:
+        """Return whether a guest has the holder as its target, or references of it."""
+        return any(
+            guest.holder_uuid == holder.uuid
+            or any(grant.holder_uuid == holder.uuid for grant in guest.grants)
+            for guest in self._ledger.guests
+        )
 
     async def _free_all(self, holder: Holder, regions: list[Region]) -> None:
         # At one go, and Xen does the wiping: the pages of a dying domain are scrubbed.
@@ -176,7 +185,8 @@ class Ends:
                 continue
             info = domains.get(holder.domid)
             if info is None or info.uuid != holder.uuid or info.dying:
-                lost = [r.region_id for r in self._ledger.regions if r.holder_uuid == holder.uuid]
+                regions = self._ledger.regions
+                lost = [r.region_id for r in regions if holder.uuid in r.holder_uuids]
                 log.error(
                     "holder destroyed by somebody else",
                     holder=holder.uuid,

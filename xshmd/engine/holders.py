@@ -18,7 +18,7 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, StoreTrouble, XshmError
-from xshmd.model import NOWHERE, Backing, DomainInfo, Event, EventKind, Holder, Region
+from xshmd.model import NOWHERE, Backing, DomainInfo, Event, EventKind, Holder, Piece, Region
 from xshmd.policy.host_ranges import check_shareable
 from xshmd.policy.identity import new_holder_uuid
 from xshmd.policy.plan import NewRegion
@@ -85,13 +85,16 @@ class Holders:
 
     # -- a holder's life ------------------------------------------------------------------------
 
-    async def create(self) -> Holder:
-        """Make a holder with nothing in it but its anchor."""
+    async def create(self, *, nr_grant_frames: int = 1) -> Holder:
+        """Make a holder with nothing in it but its anchor; with more frames it serves grants."""
         holder = await self._ledger.put_holder(
-            Holder(uuid=new_holder_uuid(), domid=NO_DOMAIN, next_gfn=FIRST_REGION_GFN)
-        )
+            Holder(
+                uuid=new_holder_uuid(), domid=NO_DOMAIN, next_gfn=FIRST_REGION_GFN,
+                nr_grant_frames=nr_grant_frames,
+            )
+        )  # fmt: skip
         try:
-            domid = await self._worker.run(self._make_domain, holder.uuid)
+            domid = await self._worker.run(self._make_domain, holder)
         except XshmError:
             await self._ledger.drop_holder(holder.uuid)
             raise
@@ -102,8 +105,8 @@ class Holders:
         self._say(EventKind.HOLDER_CREATED, holder)
         return holder
 
-    def _make_domain(self, uuid: str) -> DomId:
-        domid = self._xen.create_holder_domain(uuid)
+    def _make_domain(self, holder: Holder) -> DomId:
+        domid = self._xen.create_holder_domain(holder.uuid, nr_grant_frames=holder.nr_grant_frames)
         try:
             enlarge_paging_pool(self._xen, domid, [1])
             self._xen.set_max_pages(domid, 1)
@@ -158,6 +161,17 @@ class Holders:
             domid=holder.domid,
         )
 
+    def having(self, uuid: str) -> Holder:
+        """Return the holder with this UUID; Conflict if there is none any more."""
+        holder = self._ledger.holder(uuid)
+        if holder is None:
+            raise Conflict(
+                f"the holder {uuid} is gone, and its regions with it",
+                hint="end the guests that had them and start them anew",
+                holder=uuid,
+            )
+        return holder
+
     async def destroy(self, holder: Holder) -> None:
         """Destroy a holder that no live guest targets; Xen scrubs its pages as it frees them."""
         anchor = self._anchors.pop(holder.uuid, None)
@@ -184,7 +198,8 @@ class Holders:
         if anchor is not None:
             anchor.close()
         for region in self._ledger.regions:
-            if region.holder_uuid == holder.uuid:
+            # One that has frames in others as well is freed there, when it is found to be lost.
+            if region.holder_uuids == {holder.uuid}:
                 await self._ledger.drop_region(region.region_id)
         info = self._xen.domain_info(holder.domid)
         if info is None or info.uuid == holder.uuid:
@@ -225,7 +240,7 @@ class Holders:
         self.check_memory(f"region {region_id}", nr_frames)
         region = Region(
             region_id=region_id, nr_frames=new.nr_frames, holder_uuid=holder.uuid,
-            holder_first_gfn=self._next_gfn(holder), owner=new.owner, owner_came=owner_came,
+            holder_first_gfn=self.next_gfn(holder), owner=new.owner, owner_came=owner_came,
             lifetime=new.lifetime, terms=new.terms, from_file=new.from_file,
         )  # fmt: skip
         await self._populate(holder, region, nr_frames)
@@ -234,7 +249,8 @@ class Holders:
         return region
 
     @staticmethod
-    def _next_gfn(holder: Holder) -> Gfn:
+    def next_gfn(holder: Holder) -> Gfn:
+        """Return where the next region of a holder begins."""
         return Gfn(-(-holder.next_gfn // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
 
     async def _populate(self, holder: Holder, region: Region, nr_frames: int) -> None:
@@ -254,6 +270,14 @@ class Holders:
             await self._ledger.drop_region(region.region_id)
             raise
 
+    async def populate(self, piece: Piece) -> None:
+        """Make the fresh, zeroed frames of a piece whose region is recorded."""
+        holder = self.having(piece.holder_uuid)
+        self.verify(holder)
+        await self._worker.run(
+            self._populate_now, holder.domid, piece.holder_first_gfn, piece.nr_frames
+        )
+
     async def move_region(self, region: Region, holder_uuid: str, *, reason: str) -> None:
         """Have a region that no guest has in another holder, with all that is in it.
 
@@ -270,7 +294,7 @@ class Holders:
             return
         self.check_memory(f"region {region.region_id}, for a moment twice,", region.nr_frames)
         moved = dataclasses.replace(
-            region, holder_uuid=holder_uuid, holder_first_gfn=self._next_gfn(holder)
+            region, holder_uuid=holder_uuid, holder_first_gfn=self.next_gfn(holder)
         )
         # No region can have this id, so it is nobody's; unready, so it goes if we are cut off.
         other_id = f"{region.region_id}-moving"
@@ -280,7 +304,7 @@ class Holders:
         await self._worker.run(self._copy_now, old.domid, region, holder.domid, moved)
         left = dataclasses.replace(region, region_id=other_id, ready=False)
         await self._ledger.swap_regions(moved, left)
-        await self._free_frames(left)
+        await self.free_frames(left)
         log.info("region moved", region=region.region_id, holder=holder_uuid, reason=reason)
 
     def _copy_now(self, source: DomId, region: Region, target: DomId, copy: Region) -> None:
@@ -336,21 +360,25 @@ class Holders:
         """Wipe and free a region's frames; no member may have them any more."""
         if region.ready:
             await self._ledger.put_region(dataclasses.replace(region, ready=False))
-        await self._free_frames(region)
+        await self.free_frames(region)
         self._hub.about_region(EventKind.REGION_REMOVED, region, reason)
 
-    async def _free_frames(self, region: Region) -> None:
-        holder = self._ledger.holder(region.holder_uuid)
-        if holder is not None and region.terms.backing is Backing.HOLDER:
-            self.verify(holder)
-            await self._worker.run(self._depopulate_now, holder.domid, region)
+    async def free_frames(self, region: Region) -> None:
+        """Wipe and free whatever there is of a region's frames, and forget it."""
+        for part in region.parts:
+            holder = self._ledger.holder(part.holder_uuid)
+            if holder is not None and region.terms.backing is Backing.HOLDER:
+                self.verify(holder)
+                await self._worker.run(
+                    self._depopulate_now, holder.domid, part.holder_first_gfn, part.nr_frames
+                )
         await self._ledger.drop_region(region.region_id)
 
-    def _depopulate_now(self, domid: DomId, region: Region) -> None:
+    def _depopulate_now(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
         # Wiped by us: the pages of a domain that lives go back to Xen's heap as they are.  Of a
         # region whose making or freeing was cut off, some frames may be there and some not.
-        end = region.holder_first_gfn + region.nr_frames
-        for start in range(region.holder_first_gfn, end, WIPE_FRAMES):
+        end = first_gfn + nr_frames
+        for start in range(first_gfn, end, WIPE_FRAMES):
             frames = [Gfn(gfn) for gfn in range(start, min(start + WIPE_FRAMES, end))]
             there = self._xen.populated_frames(domid, frames)
             if len(there) == len(frames):
@@ -358,7 +386,7 @@ class Holders:
             else:
                 for gfn in there:
                     self._xen.zero(domid, gfn, 1)
-        self._xen.depopulate(domid, region.holder_first_gfn, region.nr_frames)
+        self._xen.depopulate(domid, first_gfn, nr_frames)
 
 
 assert PAGE_SIZE == 4096  # table_frames() counts on 512 entries of 8 bytes a table

@@ -19,6 +19,7 @@ from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.discovery import reserve_in_memory_map
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
+from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.options import Options
@@ -61,11 +62,12 @@ class Passage:
         clock: Clock,
         ledger: Ledger,
         holders: Holders,
+        grants: Grants,
         gate: Gate,
         hub: EventHub,
         options: Options,
     ) -> None:
-        self._hub = hub
+        self._grants, self._hub = grants, hub
         self._xen, self._worker, self._store = xen, worker, store
         self._finder, self._clock = finder, clock
         self._ledger, self._holders, self._gate = ledger, holders, gate
@@ -199,7 +201,7 @@ class Passage:
                 hint="end all guests of the region, then start them again",
                 guest=guest.name,
             )
-        if holder is None:
+        if holder is None and plan.needs_holder:
             holder = await self._holders.create()
         # From here on what is known of the guest keeps holder and regions from being collected.
         # Nothing of the guest is touched yet, so its record may go on saying HELD: after a crash
@@ -208,19 +210,23 @@ class Passage:
             dataclasses.replace(
                 guest,
                 state=GuestState.ATTACHING if guest.state is GuestState.HELD else guest.state,
-                holder_uuid=holder.uuid,
+                holder_uuid=holder.uuid if holder else "",
                 requests=plan.requests,
                 reserve=reserve,
             )
         )
         for region_id in plan.movable:
             region = self._ledger.region(region_id)
-            if region is not None and region.holder_uuid != holder.uuid:
-                await self._holders.move_region(region, holder.uuid, reason=GUEST_CREATED)
+            if region is not None and region.holder_uuid != guest.holder_uuid:
+                await self._holders.move_region(region, guest.holder_uuid, reason=GUEST_CREATED)
         for new in plan.new_regions:
-            await self._holders.add_region(
-                holder.uuid, new, reason=GUEST_CREATED, owner_came=new.owner == guest.name
-            )
+            came = new.owner == guest.name
+            if new.is_granted:
+                await self._grants.add_region(new, reason=GUEST_CREATED, owner_came=came)
+            else:
+                await self._holders.add_region(
+                    guest.holder_uuid, new, reason=GUEST_CREATED, owner_came=came
+                )
         return guest
 
     def _check_memory(self, plan: GuestPlan) -> None:
@@ -228,7 +234,7 @@ class Passage:
         places = {request.region_id: request.place for request in plan.requests}
         for new in plan.new_regions:
             self._holders.check_memory(
-                f"{places[new.region_id]}: region {new.region_id}", new.nr_fresh_frames
+                f"{places[new.region_id]}: region {new.region_id}", new.nr_needed_frames
             )
 
     async def _attach_if_built(self, guest: Guest) -> Guest:
@@ -259,24 +265,29 @@ class Passage:
         return attached
 
     async def _map(self, guest: Guest) -> Guest:
-        holder = self._ledger.holder(guest.holder_uuid)
-        if holder is None:
-            raise Conflict(
-                f"the holder of guest {guest.name} is gone", hint="start the guest again"
-            )
-        self._holders.verify(holder)
-        wanted = mappings(guest, {region.region_id: region for region in self._ledger.regions})
+        wanted = mappings(
+            dataclasses.replace(guest, requests=self._grants.mapped_for(guest.requests)),
+            {region.region_id: region for region in self._ledger.regions},
+        )
+        if wanted:
+            self._holders.verify(self._holders.having(guest.holder_uuid))
         again = guest.state is GuestState.MAPPING
         if not again:
-            check(self._xen, guest, wanted)
+            if wanted:
+                check(self._xen, guest, wanted)
+            guest = self._grants.allot(guest, guest.requests)
+            records.check_fits(guest)
             guest = dataclasses.replace(guest, state=GuestState.MAPPING)
             if guest.reserve:
                 guest = await self._worker.run(reserve_in_memory_map, self._xen, guest)
         # Again too: the record may have been written, and not what follows it.
         guest = await self._ledger.put_guest(
-            guest, also=records.published(guest, self._ledger.regions)
+            guest, also=records.published(guest, self._ledger.snapshot())
         )
-        await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+        if wanted:
+            holder = self._holders.having(guest.holder_uuid)
+            await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+        await self._grants.give(guest, guest.requests)
         self._hub.joined(guest, guest.requests, GUEST_CREATED)
         return guest
 

@@ -25,6 +25,7 @@ from xshmd.engine.desired import Desired
 from xshmd.engine.ends import Ends
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
+from xshmd.engine.grants import SWEEP_S, Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
@@ -109,13 +110,17 @@ class Reconciler:
             floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
         )  # fmt: skip
         self._gate = gate = Gate(xen, store, ledger, locks)
+        self._grants = grants = Grants(
+            xen=xen, worker=self._worker, ledger=ledger, holders=holders, hub=hub
+        )
         self._passage = Passage(
             xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
-            ledger=ledger, holders=holders, gate=gate, hub=hub, options=options,
+            ledger=ledger, holders=holders, grants=grants, gate=gate, hub=hub, options=options,
         )  # fmt: skip
         self._changes = Changes(
-            xen=xen, worker=self._worker, store=store, ledger=ledger, holders=holders, hub=hub
-        )
+            xen=xen, worker=self._worker, store=store, ledger=ledger, holders=holders,
+            grants=grants, hub=hub,
+        )  # fmt: skip
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
         self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
         self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
@@ -123,7 +128,7 @@ class Reconciler:
             ledger=ledger, holders=holders, hub=hub, processes=processes, finder=finder
         )
         self._ends = Ends(
-            store=store, clock=clock, ledger=ledger, holders=holders, gate=gate,
+            store=store, clock=clock, ledger=ledger, holders=holders, gate=gate, grants=grants,
             changes=self._changes, leases=self._leases, hub=hub, options=options,
         )  # fmt: skip
         # Unbounded, yet never long: looks are merged into one, and a client asks one thing at a
@@ -142,8 +147,8 @@ class Reconciler:
         for unreadable in await self._ledger.load():
             log.error("record unreadable", reason=unreadable.one_line())
         await recover(
-            self._xen, self._worker, self._holders, self._ledger, self._gate, self._changes,
-            self._clock,
+            self._xen, self._worker, self._holders, self._ledger, self._gate, self._grants,
+            self._changes, self._clock,
         )  # fmt: skip
         self._started_at = trio.current_time()
         await self._desired.remember()
@@ -270,6 +275,8 @@ class Reconciler:
                 self._look_in(AGAIN_S)
         if await self._leases.prune():
             self._look_in(PROCESSES_S)
+        if await self._grants.sweep():
+            self._look_in(SWEEP_S)
         await self._ends.collect()
 
     async def _look_at(self, guest: Guest, info: DomainInfo | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Final
 
 from xshmd.engine import saving
@@ -19,6 +19,7 @@ from xshmd.model import (
     USUAL_TERMS,
     Backing,
     CachePolicy,
+    Grant,
     Guest,
     GuestState,
     Holder,
@@ -26,6 +27,7 @@ from xshmd.model import (
     Lease,
     Lifetime,
     MapChange,
+    Piece,
     Place,
     Process,
     Prot,
@@ -34,8 +36,10 @@ from xshmd.model import (
     RegionRequest,
     RegionTerms,
     Role,
+    Snapshot,
     Transport,
 )
+from xshmd.policy import grants
 from xshmd.units import DomId, Gfn, address_of, bytes_of
 
 ROOT: Final = "/xshmd"
@@ -72,6 +76,8 @@ def encode(record: Holder | Region | Guest | Lease) -> str:
     """Return the text of a record."""
     if isinstance(record, Holder):
         document: Document = {"uuid": record.uuid, "domid": record.domid, "next": record.next_gfn}
+        if record.serves_grants:
+            document["tables"] = record.nr_grant_frames
     elif isinstance(record, Region):
         document = {
             "id": record.region_id,
@@ -85,6 +91,8 @@ def encode(record: Holder | Region | Guest | Lease) -> str:
             "file": record.from_file,
             "ready": record.ready,
         }
+        if record.pieces:
+            document["pieces"] = [dataclasses.astuple(piece) for piece in record.pieces]
     elif isinstance(record, Lease):
         document = {
             "id": record.lease_id,
@@ -109,6 +117,8 @@ def encode(record: Holder | Region | Guest | Lease) -> str:
             "ended": record.ended_at,
             "failure": record.failure,
         }
+        if record.grants:
+            document["grants"] = [dataclasses.astuple(grant) for grant in record.grants]
     return pack({"v": SCHEMA} | document)
 
 
@@ -188,6 +198,22 @@ def _terms(document: Document) -> RegionTerms:
     return RegionTerms(**{name: read(said[name]) for name, read in _TERMS.items() if name in said})
 
 
+def _piece(holder_uuid: str, first_gfn: int, offset_frames: int, nr_frames: int) -> Piece:
+    return Piece(
+        holder_uuid=str(holder_uuid), holder_first_gfn=Gfn(int(first_gfn)),
+        offset_frames=int(offset_frames), nr_frames=int(nr_frames),
+    )  # fmt: skip
+
+
+def _grant(
+    region_id: str, holder_uuid: str, first_ref: int, nr_frames: int, offset: int, is_ended: bool
+) -> Grant:
+    return Grant(
+        region_id=str(region_id), holder_uuid=str(holder_uuid), first_ref=int(first_ref),
+        nr_frames=int(nr_frames), offset_frames=int(offset), is_ended=is_ended is True,
+    )  # fmt: skip
+
+
 def _text(document: Document, key: str) -> str:
     value = document[key]
     if not isinstance(value, str):
@@ -231,6 +257,7 @@ def decode_holder(path: str, text: str) -> Holder:
             uuid=_text(document, "uuid"),
             domid=DomId(_number(document, "domid")),
             next_gfn=Gfn(_number(document, "next")),
+            nr_grant_frames=_number({"tables": 1} | document, "tables"),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise unreadable(path, repr(broken)) from broken
@@ -251,6 +278,7 @@ def decode_region(path: str, text: str) -> Region:
             terms=_terms(document),
             from_file=document.get("file") is True,
             ready=document["ready"] is True,
+            pieces=tuple(_piece(*fields) for fields in document.get("pieces", ())),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise unreadable(path, repr(broken)) from broken
@@ -270,6 +298,7 @@ def decode_guest(path: str, text: str) -> Guest:
             requests=tuple(read_request(one) for one in document["requests"]),
             reserve=document.get("reserve") is not False,
             reserved=tuple((Gfn(int(at)), int(nr)) for at, nr in document.get("reserved", ())),
+            grants=tuple(_grant(*fields) for fields in document.get("grants", ())),
             ended_at=float(document["ended"]),
             failure=_text(document, "failure"),
         )
@@ -301,7 +330,7 @@ def mark_path(domid: DomId) -> str:
     return f"/local/domain/{domid}/xshm"
 
 
-def published(guest: Guest, regions: Iterable[Region]) -> tuple[tuple[str, str], ...]:
+def published(guest: Guest, there: Snapshot) -> tuple[tuple[str, str], ...]:
     """Return our mark, and the nodes by which a guest that can read xenstore finds its regions.
 
     They inherit ``n0,r<domid>`` from the domain's directory: it may read them and not write them.
@@ -310,21 +339,28 @@ def published(guest: Guest, regions: Iterable[Region]) -> tuple[tuple[str, str],
 
     Args:
         guest: The guest.
-        regions: All that are known, its own among them.
+        there: All that exists, its own regions and their holders among it.
     """
     mark = (mark_path(guest.domid), guest.generation)
-    terms = {region.region_id: region.terms for region in regions}
+    terms = {region.region_id: region.terms for region in there.regions}
+    domids = {holder.uuid: int(holder.domid) for holder in there.holders}
     return (
         mark,
         saving.forbidden(guest.domid),
         *(
             (
                 f"{mark_path(guest.domid)}/{request.region_id}",
-                _told(request, terms.get(request.region_id, USUAL_TERMS), guest.reserved),
+                _told(request, terms.get(request.region_id, USUAL_TERMS), guest.reserved)
+                + _granted(request, guest, domids),
             )
             for request in guest.requests
         ),
     )
+
+
+def _granted(request: RegionRequest, guest: Guest, domids: Mapping[str, int]) -> str:
+    there = [one for one in guest.grants if one.region_id == request.region_id and not one.is_ended]
+    return f" grants={grants.published(there, domids)}" if there else ""
 
 
 def _told(request: RegionRequest, terms: RegionTerms, reserved: Container[tuple[Gfn, int]]) -> str:

@@ -15,6 +15,7 @@ import structlog
 from xshmd.engine import identity
 from xshmd.engine.changes import Changes
 from xshmd.engine.gate import Gate
+from xshmd.engine.grants import Grants
 from xshmd.engine.holders import NO_DOMAIN, Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import pause_count
@@ -33,6 +34,7 @@ async def recover(
     holders: Holders,
     ledger: Ledger,
     gate: Gate,
+    grants: Grants,
     changes: Changes,
     clock: Clock,
 ) -> None:
@@ -51,7 +53,7 @@ async def recover(
             continue
         info = domains.get(guest.domid)
         if info is None or info.uuid != guest.uuid or info.dying:
-            await _vanished(ledger, guest, clock)
+            await _vanished(ledger, await grants.forget(guest), clock)
             continue
         gate.adopt(guest)
         if guest.state in (GuestState.ATTACHED, GuestState.DOOMED):
@@ -84,8 +86,8 @@ async def _recover_holders(holders: Holders, ledger: Ledger) -> None:
 
 async def _recover_regions(holders: Holders, ledger: Ledger) -> None:
     for region in ledger.regions:
-        if ledger.holder(region.holder_uuid) is None:
-            await ledger.drop_region(region.region_id)
+        if any(ledger.holder(uuid) is None for uuid in region.holder_uuids):
+            await holders.free_frames(region)
         elif not region.ready:
             await holders.free_region(region, reason="its making was cut off")
 

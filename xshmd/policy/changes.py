@@ -37,11 +37,12 @@ from xshmd.model import (
 )
 from xshmd.policy import quota_rules, refusals, rules
 from xshmd.policy.entry_rules import overlapping
+from xshmd.policy.grants import granted_ids, guest_without, without
 from xshmd.policy.grouping import Homes, Link, assign_homes
 from xshmd.policy.holdings import Holdings
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.policy.placement import placed
-from xshmd.policy.plan import NewRegion, new_region, systems_region
+from xshmd.policy.plan import NewRegion, new_region, systems_region, with_members
 from xshmd.policy.quota_rules import Growth
 from xshmd.policy.steps import steps_of
 from xshmd.units import DOMID_0, bytes_of
@@ -156,6 +157,8 @@ class _Planner:
         self._host, self._snapshot, self._defined = host, snapshot, tuple(defined)
         self._known, self._domains = tuple(known), tuple(domains)
         self._regions = {region.region_id: region for region in snapshot.regions}
+        self._granted: frozenset[str] = frozenset()
+        """The regions that guests map themselves."""
         self._members: dict[str, _Member] = {}
         self._broken: list[XshmError] = []
 
@@ -174,7 +177,7 @@ class _Planner:
         homes = self._homes(creates)
         made = {new.region_id for new in creates}
         plan = ChangePlan(
-            creates=tuple((new, homes.regions[new.region_id]) for new in creates),
+            creates=tuple((new, homes.regions.get(new.region_id, "")) for new in creates),
             moves=tuple(
                 (region_id, home)
                 for region_id, home in sorted(homes.regions.items())
@@ -320,6 +323,10 @@ class _Planner:
         others = (*rules.claims(self._snapshot.guests, self._known), *own)
         files = tuple(one for one in self._defined if one.region_id not in added)
         defined = (*files, *added.values())
+        attaching = [
+            GuestConfig(name=member.guest.name, requests=tuple(member.attach)) for member in members
+        ]
+        self._granted = granted_ids(self._snapshot.regions, defined, (*self._known, *attaching))
         arch = self._host.arch
         self._broken += rules.check_definitions(tuple(added.values()), others=others, arch=arch)
         for config in added.values():
@@ -345,7 +352,7 @@ class _Planner:
             region_id = claim.request.region_id
             if region_id not in self._regions and region_id not in creates:
                 creates[region_id] = new_region(claim.request, claim.guest, others, files)
-        return tuple(creates.values())
+        return tuple(with_members(new, "", others) for new in creates.values())
 
     def _place(self, added: Mapping[str, RegionConfig]) -> None:
         """Choose the frames and sizes that requests leave to us."""
@@ -375,26 +382,32 @@ class _Planner:
             return
         after = (*member.left, *member.attach)
         config = _layout_of(domain, after)
-        self._broken += rules.check_guest(config, self._host, gpaddr_bits=domain.info.gpaddr_bits)
+        self._broken += rules.check_guest(
+            config,
+            self._host,
+            gpaddr_bits=domain.info.gpaddr_bits,
+            granted=self._granted,
+        )
         if member.detach:
             # Everything is mapped before anything is taken away.
             self._broken += overlapping((*member.detach, *member.attach))
 
     def _homes(self, creates: Iterable[NewRegion]) -> Homes:
+        links = [
+            Link(
+                guest=member.guest.name,
+                holder_uuid=member.guest.holder_uuid,
+                region_ids=frozenset(one.region_id for one in member.attach) - self._granted,
+            )
+            for member in self._members.values()
+        ]
+        regions = self._snapshot.regions
         return assign_homes(
-            [new.region_id for new in creates],
-            [
-                Link(
-                    guest=member.guest.name,
-                    holder_uuid=member.guest.holder_uuid,
-                    region_ids=frozenset(one.region_id for one in member.attach),
-                )
-                for member in self._members.values()
-                if member.attach
-            ],
-            known=self._known,
-            regions=self._snapshot.regions,
-            guests=self._snapshot.guests,
+            [new.region_id for new in creates if not new.is_granted],
+            [link for link in links if link.region_ids],
+            known=[without(self._granted, config) for config in self._known],
+            regions=[region for region in regions if region.region_id not in self._granted],
+            guests=[guest_without(self._granted, guest) for guest in self._snapshot.guests],
             leases=self._snapshot.leases,
         )
 

@@ -19,6 +19,7 @@ from xshmd.model import (
     RegionTerms,
     Transport,
 )
+from xshmd.policy import grant_rules
 from xshmd.policy.definitions import Definition, Said
 from xshmd.policy.entry_rules import CACHE_POLICY
 from xshmd.policy.findings import Findings, config_error, conflict, refused
@@ -28,15 +29,7 @@ _ID: Final = re.compile(rf"[_a-zA-Z0-9@-]{{1,{MAX_REGION_ID_LENGTH}}}")
 _MAX_FRAMES: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
 
 UNSUPPORTED: Final[Mapping[Transport | Isolation, tuple[str, str]]] = {
-    Transport.GRANT: (
-        "it gives memory to guests that map nothing themselves",
-        "say transport=physmap, or leave it out",
-    ),
     Isolation.SEALED: (
-        "the members of a share group can reach all of its regions while they run",
-        "leave it out if the members may trust each other, or give no guest two of such regions",
-    ),
-    Isolation.REGION: (
         "the members of a share group can reach all of its regions while they run",
         "leave it out if the members may trust each other, or give no guest two of such regions",
     ),
@@ -160,6 +153,7 @@ DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...
     bad_id,
     size_zero,
     unsupported_terms,
+    *grant_rules.DEFINITION_RULES,
     lifetime_contradiction,
     other_cache_policy,
     host_address,

@@ -147,6 +147,16 @@ def _paging(host: HostInfo) -> Finding:
     )
 
 
+def security_module(host: HostInfo) -> str:
+    """Return the name of Xen's security module: what its command line says, or its usual choice.
+
+    On Arm that is silo (xen/common/Kconfig), on x86 dummy; a Xen that was configured otherwise
+    can be told on its command line.
+    """
+    usual = "silo" if host.arch is Arch.ARM64 else "dummy"
+    return _value_of(host.xen_command_line, "xsm") or usual
+
+
 def _xsm(host: HostInfo) -> Finding:
     topic = "security module"
     chosen = _value_of(host.xen_command_line, "xsm")

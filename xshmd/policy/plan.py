@@ -9,7 +9,7 @@ plan.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from xshmd.errors import combined
 from xshmd.model import (
@@ -25,13 +25,16 @@ from xshmd.model import (
     RegionTerms,
     Role,
     Snapshot,
+    Transport,
 )
 from xshmd.policy import quota_rules, rules
 from xshmd.policy.definitions import terms_of
+from xshmd.policy.grants import granted_ids, guest_without, room_bytes, without
 from xshmd.policy.grouping import choose_holder, movable_regions
 from xshmd.policy.holdings import Holdings
 from xshmd.policy.placement import placed
 from xshmd.policy.quota_rules import Growth
+from xshmd.units import PAGE_SIZE
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,25 @@ class NewRegion:
     terms: RegionTerms = USUAL_TERMS
     from_file: bool = False
     """Whether a configuration file defines it apart from any guest."""
+    nr_members: int = 0
+    """How many guests are known that want it."""
 
     @property
     def nr_fresh_frames(self) -> int:
         """How many frames have to be had from Xen for it."""
         return 0 if self.terms.backing is Backing.HOST else self.nr_frames
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether its members map it themselves."""
+        return self.terms.transport is Transport.GRANT
+
+    @property
+    def nr_needed_frames(self) -> int:
+        """How many frames it takes of the host, with what Xen needs to serve its grants."""
+        if not self.is_granted:
+            return self.nr_fresh_frames
+        return self.nr_frames + -(-room_bytes(self.nr_frames, self.nr_members) // PAGE_SIZE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +83,8 @@ class GuestPlan:
     """What to map, all of it or nothing."""
     movable: tuple[str, ...] = ()
     """Regions that nobody else has: they move to the holder if they are in another."""
+    needs_holder: bool = True
+    """Whether anything of it lives in its holder; what it maps itself lives elsewhere."""
 
 
 def plan_guest(
@@ -98,32 +117,45 @@ def plan_guest(
     sizes = {region.region_id: region.nr_frames for region in snapshot.regions}
     config = placed(config, host.arch, sizes=sizes)
     said_elsewhere = rules.claims(snapshot.guests, others)
-    broken = list(rules.check_guest(config, host, gpaddr_bits=gpaddr_bits))
+    granted = granted_ids(snapshot.regions, defined, (*others, config))
+    broken = list(rules.check_guest(config, host, gpaddr_bits=gpaddr_bits, granted=granted))
     broken += rules.check_requests(
         config, existing=by_id, others=said_elsewhere, regions=defined, arch=host.arch
     )
     if broken:
         raise combined(broken)
-    wanted = {request.region_id for request in config.requests}
-    others_alive = [guest for guest in snapshot.guests if guest.name != config.name]
+    # What guests map themselves links no guests: each has what it was granted and no more.
+    mapped = without(granted, config)
+    wanted = {request.region_id for request in mapped.requests}
+    guests = [guest_without(granted, guest) for guest in snapshot.guests]
+    others_alive = [guest for guest in guests if guest.name != config.name]
     free = movable_regions(snapshot.regions, others_alive, snapshot.leases)
     movable = {region_id: home for region_id, home in free.items() if region_id in wanted}
     holder_uuid = choose_holder(
-        config,
-        known=others,
-        regions=[region for region in snapshot.regions if region.region_id not in movable],
-        guests=snapshot.guests,
+        mapped,
+        known=[without(granted, other) for other in others],
+        regions=[
+            region
+            for region in snapshot.regions
+            if region.region_id not in movable and region.region_id not in granted
+        ],
+        guests=guests,
     )
     plan = GuestPlan(
         config=config,
         holder_uuid=holder_uuid or next(iter(movable.values()), None),
         new_regions=tuple(
-            new_region(request, config.name, said_elsewhere, defined)
+            with_members(
+                new_region(request, config.name, said_elsewhere, defined),
+                config.name,
+                said_elsewhere,
+            )
             for request in {one.region_id: one for one in config.requests}.values()
             if request.region_id not in by_id
         ),
         requests=config.requests,
         movable=tuple(movable),
+        needs_holder=bool(mapped.requests),
     )
     before = Holdings.of(snapshot)
     made = {new.region_id: new.nr_fresh_frames for new in plan.new_regions}
@@ -134,6 +166,20 @@ def plan_guest(
     if over:
         raise combined(over)
     return plan
+
+
+def with_members(new: NewRegion, guest_name: str, said: Iterable[rules.Claim]) -> NewRegion:
+    """Return a region to be made with how many guests want it, if it has to have room for each.
+
+    Args:
+        new: The region.
+        guest_name: A guest that wants it; empty where none need.
+        said: What guests say.
+    """
+    if not new.is_granted:
+        return new
+    names = {claim.guest for claim in said if claim.request.region_id == new.region_id}
+    return dataclasses.replace(new, nr_members=len((names | {guest_name}) - {""}))
 
 
 def new_region(

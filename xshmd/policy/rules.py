@@ -11,13 +11,14 @@ Each finding has in its ``facts`` the name of its rule, ``rule``, which does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from xshmd.errors import XshmError
 from xshmd.model import Arch, Guest, GuestConfig, GuestState, HostInfo, Region, RegionConfig
-from xshmd.policy import definition_rules, entry_rules, guest_rules, region_rules
+from xshmd.policy import definition_rules, entry_rules, grant_rules, guest_rules, region_rules
 from xshmd.policy.definitions import Claim, Definition, Said
 from xshmd.policy.entry_rules import AddressSpace, overlapping
+from xshmd.policy.grants import granted_ids, only, without
 from xshmd.policy.region_rules import Case
 
 __all__ = [
@@ -27,7 +28,11 @@ __all__ = [
 
 
 def check_guest(
-    config: GuestConfig, host: HostInfo, *, gpaddr_bits: int = 0
+    config: GuestConfig,
+    host: HostInfo,
+    *,
+    gpaddr_bits: int = 0,
+    granted: Collection[str] = (),
 ) -> tuple[XshmError, ...]:
     """Return every broken rule that concerns this guest alone, on this host.
 
@@ -35,18 +40,26 @@ def check_guest(
         config: What the guest's configuration says; without requests nothing is wrong with it.
         host: The machine it is to run on.
         gpaddr_bits: The domain's width of addresses if it exists already.
+        granted: The ids of the regions that guests map themselves.
     """
-    if not config.requests:
-        return ()
-    found = [error for rule in guest_rules.HOST_RULES for error in rule(config, host)]
-    return (*found, *check_config(config, host.arch, gpaddr_bits=gpaddr_bits))
+    found: list[XshmError] = []
+    parts = ((guest_rules, without(granted, config)), (grant_rules, only(granted, config)))
+    for which, part in parts:
+        if part.requests:
+            found += [error for rule in which.HOST_RULES for error in rule(part, host)]
+    checked = check_config(config, host.arch, gpaddr_bits=gpaddr_bits, granted=granted)
+    return (*found, *checked)
 
 
-def check_config(config: GuestConfig, arch: Arch, *, gpaddr_bits: int = 0) -> tuple[XshmError, ...]:
+def check_config(
+    config: GuestConfig, arch: Arch, *, gpaddr_bits: int = 0, granted: Collection[str] = ()
+) -> tuple[XshmError, ...]:
     """Return what :func:`check_guest` does without the rules that need a running Xen."""
     if not config.requests:
         return ()
-    found = [error for rule in guest_rules.GUEST_RULES for error in rule(config, arch)]
+    found: list[XshmError] = []
+    if (mapped := without(granted, config)).requests:
+        found += [error for rule in guest_rules.GUEST_RULES for error in rule(mapped, arch)]
     space = AddressSpace.of(config, arch, gpaddr_bits)
     for request in config.requests:
         for rule in entry_rules.ENTRY_RULES:
@@ -152,8 +165,9 @@ def check_together(
     others = claims((), configs)
     said = Said(others, regions)
     found: list[XshmError] = []
+    granted = granted_ids((), regions, configs)
     for config in configs:
-        found += check_config(config, arch)
+        found += check_config(config, arch, granted=granted)
     found += check_definitions(regions, others=others, arch=arch)
     for claim in others:
         found += _check_case(Case.of(claim, None, said), said, arch)

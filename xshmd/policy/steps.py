@@ -48,6 +48,8 @@ def _creates(plan: ChangePlan, regions: Mapping[str, Region]) -> Iterator[Step]:
 
 
 def _holder(home: str) -> str:
+    if not home:
+        return "holders that serve grants"
     return "a new holder" if is_new_home(home) else f"holder {home}"
 
 
