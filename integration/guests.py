@@ -6,6 +6,7 @@ What they are is in integration/guests/; its build.py makes them with the tool r
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 from integration.arch import Arch
@@ -15,30 +16,57 @@ from integration.sources import read_sources
 from integration.toolroot import ToolRoot
 
 GUESTS = "integration/guests"
+HELPER = "xshmd/resources/guest"
+MODULE = "xen-gntdev.ko"
+"""A module of Debian's kernel, without which nothing in a guest maps grants."""
 
 
 def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry | None:
     """The guests' files from the cache, built first if need be; None if there are no sources."""
-    sources = read_sources(GUESTS)
+    sources = read_sources(GUESTS, HELPER)
     if not sources.files:
         return None
     recipe = Recipe(
         f"guests-{arch.name}",
         f"the {arch.name} guests",
         2,
-        (arch.name, tools.key, image.key, sources.digest),
+        (arch.name, tools.key, image.key, sources.digest, Path(__file__).read_text()),
     )
 
     def build(content: Path, log: Path) -> None:
         folder = content.with_name("sources")
         sources.write_to(folder)
+        (folder / MODULE).write_bytes(_module(tools, image, folder, log))
         tools.run(
             ["python3", f"{GUESTS}/build.py", arch.name, "/rig/out"],
             binds={folder: "/rig/src", content: "/rig/out", image.busybox: "/rig/busybox"},
             cwd="/rig/src",
-            env={"BUSYBOX": "/rig/busybox", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={
+                "BUSYBOX": "/rig/busybox",
+                "GNTDEV": f"/rig/src/{MODULE}",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
             log=log,
             timeout_s=300,
         )
 
     return cache.get(recipe, build)
+
+
+def _module(tools: ToolRoot, image: Image, folder: Path, log: Path) -> bytes:
+    """The module, out of dom0's disk; busybox cannot load one that is compressed."""
+
+    def ask(request: str) -> str:
+        return tools.run(
+            ["debugfs", "-R", request, "/rig/image/root.img"],
+            binds={image.root.parent: "/rig/image", folder: "/rig/out"},
+            log=log,
+            capture=True,
+        )
+
+    # /INODE/MODE/UID/GID/NAME/SIZE/, the first two being . and ..
+    names = [line.split("/")[5] for line in ask("ls -p /usr/lib/modules").split() if line]
+    version = next(name for name in names if name.strip("."))
+    packed = f"/usr/lib/modules/{version}/kernel/drivers/xen/{MODULE}.xz"
+    ask(f"dump {packed} /rig/out/packed")
+    return lzma.decompress((folder / "packed").read_bytes())

@@ -14,7 +14,7 @@ from xshmd.daemon import service
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import Refused
-from xshmd.model import GuestState, GuestType
+from xshmd.model import Grant, GuestState, GuestType
 from xshmd.share.scatter import Scatter
 from xshmd.units import Gfn
 from xshmd.varlink import idl
@@ -82,6 +82,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
                 "firstFrame": 0x38000,
                 "frameCount": 256,
                 "offsetFrames": 0,
+                "references": None,
             },
             {
                 "guest": "log",
@@ -92,6 +93,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
                 "firstFrame": 0x40000,
                 "frameCount": 2,
                 "offsetFrames": 1,
+                "references": None,
             },
         ],
         "terms": {
@@ -105,6 +107,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
             "protEnforcement": "required",
         },
         "leases": [],
+        "stillMappedBy": None,
     }
 
 
@@ -150,8 +153,28 @@ async def test_guests(api: FakeRegions) -> None:
         "holderDomainId": 3,
         "regions": ["r0"],
         "failure": None,
+        "stillMapped": None,
     }
     assert guests[2]["domainId"] is None
+
+
+async def test_references_and_what_is_still_mapped(api: FakeRegions) -> None:
+    def grant(first_ref: int, offset: int, *, ended: bool = False) -> Grant:
+        return Grant(
+            region_id="r0", holder_uuid=OWNER.holder_uuid, first_ref=first_ref, nr_frames=4,
+            offset_frames=offset, is_ended=ended,
+        )  # fmt: skip
+
+    owner = dataclasses.replace(OWNER, grants=(grant(20, 4), grant(8, 0), grant(30, 0, ended=True)))
+    api.now = dataclasses.replace(SNAPSHOT, guests=(owner, BORROWER))
+    region = (await call(api, "ShowRegion", id="r0")).parameters["region"]
+    assert region["members"][0]["references"] == [
+        {"holderDomainId": 3, "first": 8, "count": 4},
+        {"holderDomainId": 3, "first": 20, "count": 4},
+    ]
+    assert region["stillMappedBy"] == ["ctl"]
+    guests = (await call(api, "ListGuests")).parameters["guests"]
+    assert [guest["stillMapped"] for guest in guests] == [["r0"], None]
 
 
 async def test_a_declaration_is_parsed_here(api: FakeRegions) -> None:

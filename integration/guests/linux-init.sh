@@ -172,6 +172,38 @@ find_by_devicetree() {
   done
 }
 
+# Regions that the guest maps itself, by their ids; what the helper says, the guest says.
+helper() { xshm-guest "$@" 2>&1 | while read -r line; do say "$line"; done; }
+await_word() {
+  while echo 'get 0'; do pause; done | xshm-guest map -r "$1" | grep -q "^got $(printf '0x%x' "$seed")\$"
+  say "seen $seed in $1"
+}
+once() {
+  if echo 'get 0' | xshm-guest map "$1" | grep -q '^got 0$'; then
+    granted put "$1"
+    leave reboot
+  fi
+  granted get "$1"
+}
+await_withdrawal() {
+  while xshm-guest list | grep -q "^$1 "; do pause; done
+  say "withdrawn $1"
+}
+granted() {
+  [ -e /dev/xen/gntdev ] || insmod /xen-gntdev.ko
+  case $1 in
+    list) helper list ;;
+    put) echo "put 0 $seed" | helper map "$2" ;;
+    get) echo 'get 0' | helper map "$2" ;;
+    try) echo "put 0 $seed" | helper map -r "$2" ;;
+    sum) say "sum $(xshm-guest dump "$2" | md5sum | cut -d' ' -f1) of $2" ;;
+    hold) while :; do sleep 3600; done | helper map "$2" & ;;
+    once) once "$2" ;;
+    await) await_word "$2" ;;
+    await-withdrawal) await_withdrawal "$2" ;;
+  esac
+}
+
 # every_second [write] [read]: what a human watches.
 every_second() {
   while :; do
@@ -205,6 +237,7 @@ verb() {
     find-xenstore) find_by_xenstore; return ;;
     find-memory-map) find_by_memory_map; return ;;
     find-devicetree) find_by_devicetree; return ;;
+    granted-*) verb=${1#granted-}; granted "${verb%%:*}" "${verb#*:}"; return ;;
   esac
   [ "$shm" ] || { say "error: no region for: $1"; return; }
   case $1 in

@@ -7,7 +7,9 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,15 +95,32 @@ def _share_of(items: Sequence[pytest.Item], number: int, total: int) -> set[Path
 
 
 @pytest.fixture(scope="session")
-def host(arch: str, pytestconfig: pytest.Config) -> Iterator[Host]:
+def session_host(arch: str, pytestconfig: pytest.Config) -> Iterator[Host]:
     """The machine, with a daemon that has seen guests come and go."""
     xenstored = pytestconfig.getoption("--xenstored")
     number, total = pytestconfig.getoption("--share")
     words = [str(number)] * (total > 1) + [xenstored] * (xenstored != "xenstored")
-    folder = artefacts(arch, "-".join(words))
-    with Machine(
-        arch, artefacts=folder, time_limit_s=SESSION_LIMIT_S, xenstored=xenstored
-    ) as machine:
+    with booted(arch, "-".join(words), xenstored=xenstored) as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def host(session_host: Host) -> Host:
+    """The session's machine; a module whose scenarios need another has a fixture of this name."""
+    return session_host
+
+
+@contextmanager
+def booted(arch: str, name: str, **unusual: Any) -> Iterator[Host]:
+    """Boot a machine and warm it up.
+
+    Args:
+        arch: Its architecture.
+        name: Of the folder for what it leaves.
+        unusual: What is unusual about it, see :class:`~integration.Machine`.
+    """
+    folder = artefacts(arch, name)
+    with Machine(arch, artefacts=folder, time_limit_s=SESSION_LIMIT_S, **unusual) as machine:
         machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
         host = Host(machine)
         host.start_daemon()

@@ -54,8 +54,12 @@ def _guest_row(guest: dict[str, Any]) -> tuple[str, ...]:
         _number(guest.get("domainId")),
         guest["state"],
         _number(guest.get("holderDomainId")),
-        ",".join(guest["regions"]) or "-",
+        ",".join([*guest["regions"], *_withdrawn(guest)]) or "-",
     )
+
+
+def _withdrawn(guest: dict[str, Any]) -> list[str]:
+    return [f"{region} (withdrawn, still mapped)" for region in guest.get("stillMapped") or ()]
 
 
 def _number(value: int | None) -> str:

@@ -50,6 +50,8 @@ def _print_region(region: dict[str, Any]) -> None:
     members += [_lease(lease) for lease in region.get("leases") or ()]
     members = members or ["none"]
     lines += [("Members" if at == 0 else "", text) for at, text in enumerate(members)]
+    if left := region.get("stillMappedBy"):
+        lines.append(("Withdrawn", f"still mapped by {', '.join(left)}, until unmapped or ended"))
     render.print_fields(lines)
 
 
@@ -89,11 +91,14 @@ def _holder(region: dict[str, Any]) -> str:
 def _member(member: dict[str, Any]) -> str:
     domid = member.get("domainId")
     domain = "no domain" if domid is None else f"domain {domid}"
-    text = (
-        f"{member['guest']} ({domain}, {member['state']}): {member['role']} {member['prot']} "
+    where = (
         f"at {render.address(member['firstFrame'])}, "
         f"frames {render.frames(member['firstFrame'], member['frameCount'])}"
     )
+    if references := member.get("references"):
+        where = f"maps {sum(one['count'] for one in references)} grant references"
+    text = f"{member['guest']} ({domain}, {member['state']}): {member['role']} {member['prot']} "
+    text += where
     if member["offsetFrames"]:
         text += f", from the region's frame {render.frame(member['offsetFrames'])} on"
     return text

@@ -52,7 +52,7 @@ _FRAME_LIMIT = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
 def region_fields(region: Region, snapshot: Snapshot) -> Fields:
     """Return a region as the interface's ``Region``."""
     members = [
-        member_fields(guest, request)
+        member_fields(guest, request, snapshot)
         for guest in sorted(snapshot.guests, key=lambda guest: (guest.name, guest.domid))
         for request in guest.requests
         if request.region_id == region.region_id
@@ -74,6 +74,10 @@ def region_fields(region: Region, snapshot: Snapshot) -> Fields:
             for lease in sorted(snapshot.leases, key=lambda lease: lease.process.pid)
             if lease.region_id == region.region_id
         ],
+        "stillMappedBy": [
+            guest.name for guest in snapshot.guests if region.region_id in _still_mapped(guest)
+        ]
+        or None,
     }
 
 
@@ -98,8 +102,21 @@ def mapping_fields(region: Region, holder: DomId) -> Fields:
     }
 
 
-def member_fields(guest: Guest, request: RegionRequest) -> Fields:
+def _still_mapped(guest: Guest) -> list[str]:
+    return sorted({grant.region_id for grant in guest.grants if grant.is_ended})
+
+
+def member_fields(guest: Guest, request: RegionRequest, snapshot: Snapshot) -> Fields:
     """Return a guest's part in a region as the interface's ``Member``."""
+    references = [
+        {
+            "holderDomainId": holder_domid(grant.holder_uuid, snapshot),
+            "first": grant.first_ref,
+            "count": grant.nr_frames,
+        }
+        for grant in sorted(guest.grants, key=lambda one: one.offset_frames)
+        if grant.region_id == request.region_id and not grant.is_ended
+    ]
     return {
         "guest": guest.name,
         "domainId": guest_domid(guest),
@@ -109,6 +126,7 @@ def member_fields(guest: Guest, request: RegionRequest) -> Fields:
         "firstFrame": request.first_gfn,
         "frameCount": request.nr_frames,
         "offsetFrames": request.offset_frames,
+        "references": [one for one in references if one["holderDomainId"] is not None] or None,
     }
 
 
@@ -122,6 +140,7 @@ def guest_fields(guest: Guest, snapshot: Snapshot) -> Fields:
         "holderDomainId": holder_domid(guest.holder_uuid, snapshot),
         "regions": [request.region_id for request in guest.requests],
         "failure": guest.failure or None,
+        "stillMapped": _still_mapped(guest) or None,
     }
 
 
