@@ -26,7 +26,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.policy.grants import capacity
+from xshmd.policy.grants import MAX_RANGES, capacity
 
 
 @pytest.mark.parametrize("arch", list(Arch), ids=str)
@@ -442,4 +442,30 @@ async def test_roles_and_lifetimes_are_as_of_any_region(autojump_clock: MockCloc
         await there.until(lambda: not entries_of(there, b))
         await there.until(lambda: not there.holders())
         await there.tools.end(b)
+        await there.check_clean()
+
+
+async def test_a_region_too_large_for_any_number_of_tables(autojump_clock: MockClock) -> None:
+    async with world() as there:
+        daemon = await there.start()
+        there.xen.command_line = "gnttab_max_frames=2"
+        terms = RegionTerms(transport=Transport.GRANT)
+        config = RegionConfig(region_id="r", nr_frames=MAX_RANGES * 254 + 1, terms=terms)
+        for dry_run in (True, False):
+            with pytest.raises(Refused, match="more than 64 holders"):
+                await daemon.engine.apply([AddRegion(config=config)], dry_run=dry_run)
+        assert there.holders() == []
+        await there.check_clean()
+
+
+async def test_what_a_guest_is_told_fits_in_its_node(autojump_clock: MockClock) -> None:
+    async with world() as there:
+        await there.start()
+        request = owned(there, frames=MAX_RANGES * 254)
+        there.xen.command_line = "gnttab_max_frames=2"
+        a = await there.tools.create(there.config("a", request))
+        assert len(there.grants_told(a.domid, "g")) == MAX_RANGES
+        assert len(there.server.read(f"/local/domain/{a.domid}/xshm/g") or "") < 3900
+        assert len(mapped(there, a)) == MAX_RANGES
+        await there.tools.end(a)
         await there.check_clean()

@@ -107,6 +107,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
             "protEnforcement": "required",
         },
         "leases": [],
+        "pieces": None,
         "stillMappedBy": None,
     }
 
@@ -173,6 +174,7 @@ async def test_references_and_what_is_still_mapped(api: FakeRegions) -> None:
         {"holderDomainId": 3, "first": 20, "count": 4},
     ]
     assert region["stillMappedBy"] == ["ctl"]
+    assert region["pieces"] is None
     guests = (await call(api, "ListGuests")).parameters["guests"]
     assert [guest["stillMapped"] for guest in guests] == [["r0"], None]
 

@@ -43,7 +43,7 @@ def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
         human_size(region["sizeBytes"]),
         region["lifetime"],
         region.get("owner") or "-",
-        _number(region.get("holderDomainId")),
+        ",".join(_number(one.get("holderDomainId")) for one in region.get("pieces") or [region]),
         ",".join(members) or "-",
     )
 

@@ -43,7 +43,7 @@ def _print_region(region: dict[str, Any]) -> None:
         ("Lifetime", _lifetime(region["lifetime"])),
         ("Owner", region.get("owner") or "the system"),
         ("Ready", "yes" if region["ready"] else "no, its memory is being prepared"),
-        ("Holder", _holder(region)),
+        *_holders(region),
         *_terms(region.get("terms") or {}),
     ]
     members = [_member(member) for member in region["members"]]
@@ -79,6 +79,11 @@ def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
     if terms.get("protEnforcement") == "advisory":
         found.append(("Enforcement", "advisory (protection that Xen cannot enforce binds nobody)"))
     return found
+
+
+def _holders(region: dict[str, Any]) -> list[tuple[str, str]]:
+    pieces = region.get("pieces") or [region]
+    return [("" if at else "Holder", _holder(piece)) for at, piece in enumerate(pieces)]
 
 
 def _holder(region: dict[str, Any]) -> str:

@@ -242,6 +242,9 @@ def _check_empty(xen: Hypervisor, guest: Guest, request: RegionRequest) -> None:
 
 
 def _set_target(xen: Hypervisor, guest: Guest, holder: Holder, *, again: bool) -> None:
+    if holder.serves_grants:
+        # Its table is as large as Xen allows, and would be the guest's to write.
+        raise AssertionError(f"holder {holder.uuid} serves grants and is nobody's target")
     try:
         xen.set_target(guest.domid, holder.domid)
     except DomainGone:

@@ -63,6 +63,8 @@ class Changes:
         for change in plan.guests:
             after = (*change.guest.requests, *change.attach, *change.detach)
             records.check_fits(dataclasses.replace(change.guest, requests=after))
+        for new, _ in plan.creates:
+            self._grants.check_room(new)
         nr_frames = sum(new.nr_needed_frames for new, _ in plan.creates)
         if nr_frames:
             names = ", ".join(new.region_id for new, _ in plan.creates)

@@ -13,12 +13,12 @@ map that very page again, until it has unmapped it everywhere or ends.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import structlog
 
-from xshmd.engine import identity
+from xshmd.engine import identity, records
 from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
@@ -38,7 +38,7 @@ from xshmd.model import (
 from xshmd.policy import grants as policy
 from xshmd.policy.plan import NewRegion
 from xshmd.ports import Hypervisor
-from xshmd.units import DomId, Gfn, human_size
+from xshmd.units import DomId, Gfn, bytes_of, human_size
 
 log = structlog.get_logger()
 
@@ -76,6 +76,23 @@ class Grants:
 
     # -- regions --------------------------------------------------------------------------------
 
+    def check_room(self, new: NewRegion) -> None:
+        """Raise Refused if a region needs more grant tables than a guest can be told of."""
+        if new.is_granted and len(self._shares(new, {})) > policy.MAX_RANGES:
+            raise Refused(
+                f"region {new.region_id} of {human_size(bytes_of(new.nr_frames))} needs the grant "
+                f"tables of more than {policy.MAX_RANGES} holders",
+                hint="make it smaller, boot Xen with a larger gnttab_max_frames, or say "
+                "transport=physmap",
+                region=new.region_id,
+            )
+
+    def _shares(self, new: NewRegion, room: Mapping[str, int]) -> tuple[policy.Share, ...]:
+        nr_table_frames = policy.table_frames(self._xen.host_info())
+        return policy.shares(
+            new.nr_frames, new.nr_members, nr_table_frames=nr_table_frames, room=room
+        )
+
     async def add_region(self, new: NewRegion, *, reason: str, owner_came: bool = False) -> Region:
         """Make a region in holders that serve grants, as many as its references need.
 
@@ -86,7 +103,9 @@ class Grants:
 
         Raises:
             OutOfMemory: the host has not that much, or too little would be left; nothing is done.
+            Refused: it is too large for grants; nothing is done.
         """
+        self.check_room(new)
         self._holders.check_memory(f"region {new.region_id}", new.nr_needed_frames)
         region = Region(
             region_id=new.region_id, nr_frames=new.nr_frames, holder_uuid="",
@@ -113,9 +132,7 @@ class Grants:
         nr_table_frames = policy.table_frames(self._xen.host_info())
         pieces: list[Piece] = []
         at = 0
-        for share in policy.shares(
-            new.nr_frames, new.nr_members, nr_table_frames=nr_table_frames, room=room
-        ):
+        for share in self._shares(new, room):
             holder = self._ledger.holder(share.holder_uuid) or await self._holders.create(
                 nr_grant_frames=nr_table_frames
             )
@@ -175,6 +192,8 @@ class Grants:
             if left < piece.nr_frames or sum(one.nr_frames for one in found) < piece.nr_frames:
                 raise _no_room(guest, request, max(left, 0))
             guest = dataclasses.replace(guest, grants=(*guest.grants, *found))
+        if sum(one.region_id == region.region_id for one in guest.grants) > policy.MAX_RANGES:
+            raise _no_room(guest, request, 0)
         return guest
 
     async def give(self, guest: Guest, requests: Sequence[RegionRequest]) -> None:
@@ -215,7 +234,9 @@ class Grants:
 
     async def attach(self, guest: Guest, requests: Sequence[RegionRequest]) -> None:
         """Give a guest that runs references to more regions, which it is not told of yet."""
-        guest = await self._ledger.put_guest(self.allot(guest, requests))
+        guest = self.allot(guest, requests)
+        records.check_fits(guest)
+        await self._ledger.put_guest(guest)
         await self.give(guest, requests)
 
     # -- taking away ----------------------------------------------------------------------------

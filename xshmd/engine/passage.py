@@ -233,6 +233,7 @@ class Passage:
         """Refuse before anything is made what the host has not the memory for."""
         places = {request.region_id: request.place for request in plan.requests}
         for new in plan.new_regions:
+            self._grants.check_room(new)
             self._holders.check_memory(
                 f"{places[new.region_id]}: region {new.region_id}", new.nr_needed_frames
             )

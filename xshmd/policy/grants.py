@@ -34,6 +34,8 @@ USUAL_TABLE_FRAMES: Final = 64
 """What Xen allows a domain unless told otherwise: opt_max_grant_frames, common/grant_table.c."""
 LEAST_MEMBERS: Final = 4
 """For how many members there is room, though fewer are known of."""
+MAX_RANGES: Final = 64
+"""Of references to one region: a guest's node, and the records, have room for so many."""
 ENTRY_BYTES: Final = 8 + 56
 """What Xen takes for one: grant_entry_v1_t, and its own struct active_grant_entry."""
 

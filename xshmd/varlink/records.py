@@ -27,6 +27,7 @@ from xshmd.model import (
     Isolation,
     Lease,
     Lifetime,
+    Piece,
     Place,
     Prot,
     ProtEnforcement,
@@ -74,6 +75,9 @@ def region_fields(region: Region, snapshot: Snapshot) -> Fields:
             for lease in sorted(snapshot.leases, key=lambda lease: lease.process.pid)
             if lease.region_id == region.region_id
         ],
+        "pieces": [piece_fields(piece, snapshot) for piece in region.pieces]
+        if len(region.pieces) > 1
+        else None,
         "stillMappedBy": [
             guest.name for guest in snapshot.guests if region.region_id in _still_mapped(guest)
         ]
@@ -99,6 +103,13 @@ def mapping_fields(region: Region, holder: DomId) -> Fields:
         "holderFirstFrame": region.holder_first_gfn,
         "frameCount": region.nr_frames,
         "transport": region.terms.transport.value,
+def piece_fields(piece: Piece, snapshot: Snapshot) -> Fields:
+    """Return a part of a region in a holder as the interface's ``Piece``."""
+    return {
+        "holderUuid": piece.holder_uuid,
+        "holderDomainId": holder_domid(piece.holder_uuid, snapshot),
+        "holderFirstFrame": piece.holder_first_gfn,
+        "frameCount": piece.nr_frames,
     }
 
 
