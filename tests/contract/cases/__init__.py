@@ -47,6 +47,6 @@ __all__ = [
     "zombies",
 ]
     "CASES", "Case", "buffers", "contents", "crashes", "ends", "fresh_domains", "grants",
-    "host_memory", "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables", "targets",
-    "unknown_domains", "zombies",
+    "host_memory", "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables",
+    "targets", "unknown_domains", "zombies",
 ]  # fmt: skip
