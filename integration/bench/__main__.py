@@ -32,11 +32,14 @@ from integration.toolroot import ToolError
 HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
-PHASES: Final = ("map", "scatter", "creates", "restarts", "client", "counts", "linux")
+PHASES: Final = (
+    "map", "grants", "scatter", "creates", "restarts", "client", "counts", "linux",
+)  # fmt: skip
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 LIBRARIES: Final = ("xencall", "xenforeignmemory")
 
-SCATTER: Final = "scatter_in_dom0.py"
+ALONE: Final = {"grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py"}
+"""Phases with a program of their own."""
 SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
 """Bandwidth of a copy by lists, of memcpy's."""
 
@@ -67,7 +70,7 @@ def measure(
 ) -> Iterator[None]:
     """Run the phases in dom0; yields after each, as they take minutes."""
     dom0 = machine.dom0
-    for name in ("in_dom0.py", "counted_daemon.py", SCATTER):
+    for name in ("in_dom0.py", "counted_daemon.py", *ALONE.values()):
         dom0.put(f"{IN_DOM0}/{name}", (HERE / name).read_bytes(), mode=0o755)
     fewer = min(pairs, max(10, pairs * 2 // 3))
     calls: dict[str, tuple[str, list[int]]] = {
@@ -81,8 +84,8 @@ def measure(
     result["versions"] |= ask(machine, "versions", [])
     for phase in phases:
         with step(f"measuring {phase}"):
-            if phase == "scatter":
-                result[phase] = run(machine, SCATTER, pairs)
+            if phase in ALONE:
+                result[phase] = run(machine, ALONE[phase], pairs)
             else:
                 result[phase] = ask(machine, *calls[phase])
         yield
@@ -117,6 +120,11 @@ def report(result: dict[str, Any]) -> list[Row]:
         rows += report_map(result["map"])
     if "scatter" in result:
         rows += report_scatter(result["scatter"])
+    if "grants" in result:
+        series = result["grants"]["series"]
+        rows.append(("grant 64 MiB / C", compare(series, "attach", "grant_c"), ""))
+        helper = compare(series, "map_helper", "map_c")
+        rows.append(("xshm-guest map, 64 MiB / bare gntdev program", helper, ""))
     if "creates" in result:
         rows += report_creates(result["creates"]["baremetal"], "bare metal")
     if "linux" in result:

@@ -15,6 +15,10 @@
  *   multi DOMID GFN NR                         remove the frames, by multicall
  *   fill DOMID GFN NR SEED                     write a word of its own into every page
  *   check DOMID GFN NR SEED                    read those words back
+ *   grant HOLDER REF GFN NR DOMID              write entries of the holder's grant table
+ *   gntdev HOLDER REF NR                       map them, and unmap them
+ *
+ * The words of a command may be arguments instead: then it is the only one.
  */
 #define __XEN_TOOLS__ 1 /* today's layouts of Xen's structures, not those of Xen 3.2 */
 #include <errno.h>
@@ -25,11 +29,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 #include <xencall.h>
 #include <xenforeignmemory.h>
 #include <xen/xen.h>
+#include <xen/grant_table.h>
 #include <xen/memory.h>
 #include <xen/version.h>
 
@@ -196,6 +204,54 @@ static int do_pages(unsigned domid, uint64_t gfn, uint64_t nr, uint64_t seed, in
     return 0;
 }
 
+static int do_grant(unsigned holder, uint64_t ref, uint64_t gfn, uint64_t nr, unsigned domid)
+{
+    xenforeignmemory_resource_handle *resource;
+    grant_entry_v1_t *entry;
+    void *table = NULL;
+    uint64_t i;
+
+    resource = xenforeignmemory_map_resource(
+        fmem, holder, XENMEM_resource_grant_table, XENMEM_resource_grant_table_id_shared, 0,
+        (ref + nr + 511) / 512, &table, PROT_READ | PROT_WRITE, 0);
+    if ( !resource )
+        return failed("map_resource: %s", strerror(errno));
+    for ( entry = (grant_entry_v1_t *)table + ref, i = 0; i < nr; i++, entry++ ) {
+        entry->domid = domid;
+        entry->frame = gfn + i;
+        __atomic_store_n(&entry->flags, GTF_permit_access, __ATOMIC_RELEASE);
+    }
+    xenforeignmemory_unmap_resource(fmem, resource);
+    return 0;
+}
+
+/* include/uapi/xen/gntdev.h of Linux, IOCTL_GNTDEV_MAP_GRANT_REF */
+static int do_gntdev(unsigned holder, uint64_t ref, uint64_t nr)
+{
+    struct { uint32_t count, pad; uint64_t index; struct { uint32_t domid, ref; } refs[]; } *op;
+    int fd = open("/dev/xen/gntdev", O_RDWR | O_CLOEXEC), rc = 0;
+    void *pages;
+    uint64_t i;
+
+    op = calloc(1, sizeof *op + nr * sizeof op->refs[0]);
+    if ( fd < 0 || !op )
+        return failed("gntdev: %s", strerror(errno));
+    op->count = nr;
+    for ( i = 0; i < nr; i++ ) {
+        op->refs[i].domid = holder;
+        op->refs[i].ref = ref + i;
+    }
+    if ( ioctl(fd, _IOC(_IOC_NONE, 'G', 0, 24), op) )
+        rc = failed("map_grant_ref: %s", strerror(errno));
+    else if ( (pages = mmap(NULL, nr * PAGE, PROT_READ, MAP_SHARED, fd, op->index)) == MAP_FAILED )
+        rc = failed("mmap: %s", strerror(errno));
+    else
+        munmap(pages, nr * PAGE);
+    free(op);
+    close(fd);
+    return rc;
+}
+
 static void obey(const char *line)
 {
     uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, began;
@@ -219,15 +275,21 @@ static void obey(const char *line)
         rc = do_multi(a, b, c);
     else if ( !strcmp(verb, "fill") || !strcmp(verb, "check") )
         rc = do_pages(a, b, c, d, verb[0] == 'f');
+    else if ( !strcmp(verb, "grant") )
+        rc = do_grant(a, b, c, d, e);
+    else if ( !strcmp(verb, "gntdev") )
+        rc = do_gntdev(a, b, c);
     else
         rc = failed("unknown command %s", verb);
     if ( !rc )
         printf("ok %" PRIu64 " %" PRIu64 "\n", now_ns() - began, hypercalls);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     char line[256];
+    size_t used = 0;
+    int i;
 
     setvbuf(stdout, NULL, _IOLBF, 0);
     xcall = xencall_open(NULL, 0);
@@ -242,8 +304,13 @@ int main(void)
         fprintf(stderr, "attach_loop: no hypercall buffer\n");
         return 1;
     }
-    while ( fgets(line, sizeof line, stdin) )
+    for ( i = 1; i < argc && used < sizeof line; i++ )
+        used += snprintf(line + used, sizeof line - used, "%s ", argv[i]);
+    if ( used )
         obey(line);
+    else
+        while ( fgets(line, sizeof line, stdin) )
+            obey(line);
     xencall_free_buffer(xcall, map);
     xencall_free_buffer(xcall, rem);
     xenforeignmemory_close(fmem);

@@ -133,6 +133,20 @@ def test_xl_create_fails_x86(host: Host, case: Case) -> None:
     _assert_xl_create_fails(host, guest, place + ".*" + case.phrase)
 
 
+@pytest.mark.arch("arm64")
+def test_grants_under_silo(host: Host, noted_xl: str) -> None:
+    """Xen on Arm lets guests map grants of dom0 alone, unless its command line says otherwise."""
+    region = Entry(host.unique("bad"), host.at, more="transport=grant")
+    guest = host.guest("refused", region)
+    sentence = ".*but this Xen runs with silo, its own choice, and lets guests map grants of dom0"
+    _assert_xl_create_fails(host, guest, sentence)
+    since = host.mark
+    done = host.xshmctl("create", host.config_path(guest), check=False, env={"PATH": noted_xl})
+    assert done.status == 5, done.describe()
+    assert "hint: boot Xen with xsm=dummy" in done.stderr.decode()
+    assert "holder created" not in host.log(since)
+
+
 @pytest.fixture
 def noted_xl(host: Host) -> str:
     """A PATH on which an `xl` first notes that it was run."""
