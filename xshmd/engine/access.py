@@ -94,7 +94,7 @@ def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region,
     region, parts = reachable_parts(ledger, holders, region_id)
     if len(parts) > 1:
         raise Refused(
-            f"region {region_id} is in {len(parts)} holders, as one grant table is too small for it",
+            f"region {region_id} is in {len(parts)} holders: one grant table is too small for it",
             hint="read and write it with `xshmctl dump` and `xshmctl load`",
             id=region_id,
         )

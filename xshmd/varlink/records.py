@@ -103,6 +103,9 @@ def mapping_fields(region: Region, holder: DomId) -> Fields:
         "holderFirstFrame": region.holder_first_gfn,
         "frameCount": region.nr_frames,
         "transport": region.terms.transport.value,
+    }
+
+
 def piece_fields(piece: Piece, snapshot: Snapshot) -> Fields:
     """Return a part of a region in a holder as the interface's ``Piece``."""
     return {

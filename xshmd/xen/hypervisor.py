@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 import uuid as uuid_module
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable

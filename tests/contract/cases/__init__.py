@@ -33,6 +33,7 @@ __all__ = [
     "crashes",
     "ends",
     "fresh_domains",
+    "grants",
     "host_memory",
     "mappings",
     "memory_maps",
@@ -46,7 +47,3 @@ __all__ = [
     "unknown_domains",
     "zombies",
 ]
-    "CASES", "Case", "buffers", "contents", "crashes", "ends", "fresh_domains", "grants",
-    "host_memory", "mappings", "memory_maps", "pages", "paging_pools", "pauses", "seals", "tables",
-    "targets", "unknown_domains", "zombies",
-]  # fmt: skip
