@@ -418,7 +418,7 @@ async def world(
     """Run a host with nothing on it."""
     failure: BaseException | None = None
     patched = _nothing_patched() if threads else _calls_in_the_loop()
-    xen = SimulatedXen(arch, total_pages=1 << 17, dom0_pages=1 << 15, **machine)
+    xen = SimulatedXen(arch, **{"total_pages": 1 << 17, "dom0_pages": 1 << 15, **machine})
     with structlog.testing.capture_logs(), patched:
         async with fake_xenstored() as server, trio.open_nursery() as nursery:
             try:

@@ -111,8 +111,14 @@ class Ends:
                 log.info("guest no longer awaited", guest=guest.name)
         await self._note_owners()
         await self._withdraw_orphans()
+        by_holder: dict[str, list[str]] = {}
+        for region in self._ledger.regions:
+            for uuid in region.holder_uuids:
+                by_holder.setdefault(uuid, []).append(region.region_id)
         for holder in self._ledger.holders:
-            theirs = [r for r in self._ledger.regions if holder.uuid in r.holder_uuids]
+            named = by_holder.get(holder.uuid, ())
+            # One may have gone with another of its holders.
+            theirs = [region for one in named if (region := self._ledger.region(one))]
             unused = [region for region in theirs if self._is_unused(region)]
             alone = all(len(region.holder_uuids) == 1 for region in unused)
             if unused == theirs and alone and not self._is_needed(holder):

@@ -7,7 +7,7 @@ Synchronization: only the reconciler writes; readers take :meth:`Ledger.snapshot
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 from xshmd.engine import intents, records
@@ -29,6 +29,8 @@ class Ledger:
         self._regions: dict[str, Region] = {}
         self._guests: dict[str, Guest] = {}
         self._leases: dict[str, Lease] = {}
+        self._members: dict[str, dict[str, None]] = {}
+        """The generations of guests by region: whether a region has any is asked of each, often."""
         self._intents: dict[str, Intent] = {}
         self._doubtful: set[str] = set()
 
@@ -50,7 +52,8 @@ class Ledger:
         self._holders = {holder.uuid: holder for holder in holders}
         self._leases = {lease.lease_id: lease for lease in leases}
         self._regions = {region.region_id: region for region in regions}
-        self._guests = {guest.generation: guest for guest in guests}
+        for guest in guests:
+            self._know(guest)
         bad_intents = await self._load_intents()
         return (*bad_holders, *bad_regions, *bad_guests, *bad_leases, *bad_intents)
 
@@ -147,11 +150,23 @@ class Ledger:
 
     def members(self, region_id: str) -> tuple[Guest, ...]:
         """Return every guest that has or awaits the region."""
-        return tuple(
-            guest
-            for guest in self._guests.values()
-            if any(request.region_id == region_id for request in guest.requests)
-        )
+        return tuple(self._guests[one] for one in self._members.get(region_id, ()))
+
+    def _know(self, guest: Guest) -> None:
+        wanted = {request.region_id for request in guest.requests}
+        self._forget_member(guest.generation, but=wanted)
+        for region_id in wanted:
+            self._members.setdefault(region_id, {})[guest.generation] = None
+        self._guests[guest.generation] = guest
+
+    def _forget_member(self, generation: str, but: Collection[str] = ()) -> None:
+        known = self._guests.get(generation)
+        for request in known.requests if known else ():
+            members = self._members.get(request.region_id, {})
+            if request.region_id not in but:
+                members.pop(generation, None)
+            if not members:
+                self._members.pop(request.region_id, None)
 
     def leases_of(self, region_id: str) -> tuple[Lease, ...]:
         """Return the leases of a region."""
@@ -244,13 +259,13 @@ class Ledger:
     def know(self, guest: Guest) -> Guest:
         """Believe something of a guest that need not be written down: it can be found out again."""
         if guest.generation in self._guests:
-            self._guests[guest.generation] = guest
+            self._know(guest)
         return guest
 
     async def put_guest(self, guest: Guest, also: Iterable[tuple[str, str]] = ()) -> Guest:
         """Record a guest, new or changed, and write ``also`` in the same go, after it."""
         await self._write(records.guest_path(guest.generation), records.encode(guest), also)
-        self._guests[guest.generation] = guest
+        self._know(guest)
         return guest
 
     async def drop_holder(self, uuid: str) -> None:
@@ -266,6 +281,7 @@ class Ledger:
     async def drop_guest(self, generation: str) -> None:
         """Forget one life of a guest."""
         await self._remove(records.guest_path(generation))
+        self._forget_member(generation)
         self._guests.pop(generation, None)
 
     async def put_lease(self, lease: Lease) -> Lease:
