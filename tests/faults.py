@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, cast
 
 import trio
@@ -67,6 +69,8 @@ class Faults:
         self._counts: Counter[tuple[str, str]] = Counter()
         self.seen: list[Site] = []
         self.struck = 0
+        self.struck_at: set[tuple[str, int, str]] = set()
+        """File, line and kind of the engine's calls that a fault befell."""
         self.counting = True
         """Until then no call counts, nor fails."""
         self.daemon: Daemon | None = None
@@ -87,6 +91,7 @@ class Faults:
             return None
         if site.nth == fault.site.nth or (fault.for_ever and site.nth > fault.site.nth):
             self.struck += 1
+            self.struck_at.add((*_asker(), kind))
             return fault
         return None
 
@@ -96,6 +101,17 @@ class Faults:
             store=cast(Store, _FaultyStore(life.store, self)),
             locks=life.locks,
         )
+
+
+def _asker() -> tuple[str, int]:
+    """Return the file and line of the engine that asks."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.parent.name == "engine" and path.name != "xen_worker.py":
+            return path.name, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
 
 
 class _FaultyXen:
@@ -239,7 +255,12 @@ def play(
 
 
 def sweep(
-    body: Body, *, arch: Arch = Arch.X86_64, step: int = 1, at_start: bool = False
+    body: Body,
+    *,
+    arch: Arch = Arch.X86_64,
+    step: int = 1,
+    at_start: bool = False,
+    struck_at: set[tuple[str, int, str]] | None = None,
 ) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Play a scenario once for every fault at every call it makes.
 
@@ -257,6 +278,8 @@ def sweep(
             failed.append(f"{fault}: {_words(error)}")
         else:
             covered[fault.site.where, fault.site.kind] += played.struck > 0
+            if struck_at is not None:
+                struck_at |= played.struck_at
     return covered, failed
 
 
