@@ -146,6 +146,26 @@ async def test_the_grace_of_a_reboot_ends(autojump_clock: MockClock) -> None:
         host.check()
 
 
+@pytest.mark.parametrize("set_forward_s", [1e9, -1e9])
+async def test_setting_the_time_of_day_changes_no_grace(
+    set_forward_s: float, autojump_clock: MockClock
+) -> None:
+    async with world() as host:
+        daemon = await host.start(reboot_grace_s=20.0)
+        a = await host.tools.create(host.config("a", host.request("r")))
+        await host.tools.end(a, SHUTDOWN_REBOOT)
+        await trio.sleep(5)
+        host.clock.set_forward_s = set_forward_s
+        await trio.sleep(10)
+        assert states(daemon) == {"a": GuestState.REBOOTING}
+        await daemon.kill()
+        daemon = await host.start(reboot_grace_s=20.0)
+        await trio.sleep(1)
+        assert states(daemon) == {"a": GuestState.REBOOTING}
+        await trio.sleep(8)
+        assert host.is_clean() == ""
+
+
 async def test_the_grace_goes_on_over_a_restart(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start(reboot_grace_s=20.0)

@@ -415,7 +415,7 @@ class Guest:
     grants: tuple[Grant, ...] = ()
     """The grant references that are, or are about to be, its own."""
     ended_at: float = 0.0
-    """Seconds since the epoch at which a REBOOTING guest's domain ended; 0 otherwise."""
+    """The machine's uptime in seconds when a REBOOTING guest's domain ended; 0 otherwise."""
     failure: str = ""
     """Why a DOOMED guest is destroyed."""
 

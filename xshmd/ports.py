@@ -299,10 +299,14 @@ class Store(StoreTransaction, Protocol):
 
 
 class Clock(Protocol):
-    """Wall time, injected so that a reboot's grace can be tested without waiting."""
+    """Time, injected so that a reboot's grace can be tested without waiting."""
 
     def now(self) -> float:
-        """Return seconds since the epoch."""
+        """Return seconds since the epoch, for people: an admin or NTP may set it at any moment."""
+        ...
+
+    def uptime(self) -> float:
+        """Return seconds since the machine started, which nobody sets."""
         ...
 
 

@@ -55,8 +55,15 @@ REGION_GFN = {Arch.X86_64: 0x1000000, Arch.ARM64: 0x3A000}
 class Wall:
     """:class:`xshmd.ports.Clock` that goes with trio's."""
 
+    def __init__(self) -> None:
+        self.set_forward_s = 0.0
+        """By how much somebody has set the time of day."""
+
     def now(self) -> float:
-        return 1_700_000_000.0 + trio.current_time()
+        return 1_700_000_000.0 + self.set_forward_s + trio.current_time()
+
+    def uptime(self) -> float:
+        return 100.0 + trio.current_time()
 
 
 class FakeProcesses:

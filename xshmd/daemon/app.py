@@ -15,6 +15,7 @@ import trio
 from xshmd import __version__
 from xshmd.config.finder import Finder
 from xshmd.daemon import audit
+from xshmd.daemon.alone import alone
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.journal import Journal
 from xshmd.daemon.list_methods import ListMethods
@@ -55,11 +56,14 @@ class WallClock:
     def now(self) -> float:
         return time.time()
 
+    def uptime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
 
 async def run(settings: Settings) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
     notifier = Notifier()
-    with XenHypervisor() as xen:
+    with alone(), XenHypervisor() as xen:
         host = xen.host_info()
         log.info("starting", version=__version__, xen=host.xen_text, arch=host.arch.value)
         async with open_store() as store:

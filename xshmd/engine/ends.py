@@ -86,7 +86,9 @@ class Ends:
             self._hub.left(guest, guest.requests, "guest ended")
         if guest.state is GuestState.ATTACHED and reason in COMES_BACK:
             await self._ledger.put_guest(
-                dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=self._clock.now())
+                dataclasses.replace(
+                    guest, state=GuestState.REBOOTING, ended_at=self._clock.uptime()
+                )
             )
             self._hub.about_guest(EventKind.GUEST_AWAITED, guest)
             return self._options.reboot_grace_s
@@ -106,7 +108,7 @@ class Ends:
                 continue
             if guest.name in back:
                 await self._ledger.drop_guest(guest.generation)
-            elif self._clock.now() - guest.ended_at >= self._options.reboot_grace_s:
+            elif self._clock.uptime() - guest.ended_at >= self._options.reboot_grace_s:
                 await self._ledger.drop_guest(guest.generation)
                 log.info("guest no longer awaited", guest=guest.name)
         await self._note_owners()

@@ -94,7 +94,7 @@ class Passage:
         if config.requests:
             self._check_memory(await self._plan(config))
         self.failures.pop(config.name, None)
-        self._declared[config.name] = (config, self._clock.now() + DECLARED_S)
+        self._declared[config.name] = (config, self._clock.uptime() + DECLARED_S)
         return config
 
     def withdraw(self, name: str) -> None:
@@ -105,7 +105,7 @@ class Passage:
         if guest.state is not GuestState.HELD:  # begun before we, or xenstored, went away
             return _as_recorded(guest, guest)
         declared, until = self._declared.get(guest.name, (None, 0.0))
-        if declared is not None and until > self._clock.now():
+        if declared is not None and until > self._clock.uptime():
             return declared
         for earlier in self._ledger.guests:
             # xl makes a rebooted guest from the configuration it read when it first made it, under

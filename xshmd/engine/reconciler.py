@@ -162,7 +162,7 @@ class Reconciler:
                 await nursery.start(self._watch, "@releaseDomain", self._note_shutdowns)
                 for guest in self._ledger.guests:
                     if guest.state is GuestState.REBOOTING:
-                        waited = self._clock.now() - guest.ended_at
+                        waited = self._clock.uptime() - guest.ended_at
                         self._look_in(max(0.0, self._options.reboot_grace_s - waited))
                 self._hint()
                 task_status.started()

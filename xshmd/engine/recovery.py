@@ -96,7 +96,7 @@ async def _vanished(ledger: Ledger, guest: Guest, clock: Clock) -> None:
     """It ended while nobody looked: perhaps to reboot, so its regions wait for it a while."""
     if guest.state is GuestState.ATTACHED:
         await ledger.put_guest(
-            dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=clock.now())
+            dataclasses.replace(guest, state=GuestState.REBOOTING, ended_at=clock.uptime())
         )
     elif guest.state is not GuestState.DOOMED:  # whose leftovers the first look removes
         await ledger.drop_guest(guest.generation)
