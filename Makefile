@@ -9,7 +9,7 @@ MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
 .PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz attack mutants sweep \
-	crashes differential clean
+	crashes call-sites differential soak-simulated scale clean
 
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
@@ -69,12 +69,23 @@ mutants:
 sweep:
 	@set -e; py=$(PY); $(SWEEP) $$py -m pytest $(addprefix tests/test_engine_,crash.py faults.py cancel.py)
 
+call-sites:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m call_sites
+
 # A share of 1 cuts every first life at every place; a smaller one is a sample of the whole tree.
 CRASH_SECONDS ?= 3600
 CRASH_SHARE ?= 1
 crashes:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m crash_tree --seconds $(CRASH_SECONDS) \
 	--first $(CRASH_SHARE)
+
+# On the model, where a month takes minutes.
+SOAK_DAYS ?= 30
+soak-simulated:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m soak --days $(SOAK_DAYS)
+
+scale:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m scale --regions 1000 --guests 500
 
 differential:
 	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \
