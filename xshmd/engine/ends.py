@@ -120,7 +120,7 @@ class Ends:
         for holder in self._ledger.holders:
             named = by_holder.get(holder.uuid, ())
             # One may have gone with another of its holders.
-            theirs = [region for one in named if (region := self._ledger.region(one))]
+            theirs = [found for one in named if (found := self._ledger.region(one))]
             unused = [region for region in theirs if self._is_unused(region)]
             alone = all(len(region.holder_uuids) == 1 for region in unused)
             if unused == theirs and alone and not self._is_needed(holder):

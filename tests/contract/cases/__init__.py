@@ -3,27 +3,8 @@
 
 from __future__ import annotations
 
-from ..registry import CASES, Case
-from . import (
-    buffers,
-    contents,
-    crashes,
-    ends,
-    fresh_domains,
-    grants,
-    host_memory,
-    mappings,
-    memory_maps,
-    pages,
-    paging_pools,
-    pauses,
-    scatter,
-    seals,
-    tables,
-    targets,
-    unknown_domains,
-    zombies,
-)
+import importlib
+import pkgutil
 
 __all__ = [
     "CASES",
@@ -47,3 +28,9 @@ __all__ = [
     "unknown_domains",
     "zombies",
 ]
+from ..registry import CASES, Case
+
+__all__ = ["CASES", "Case"]
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
