@@ -297,7 +297,6 @@ async def test_what_no_lease_is_given_of(autojump_clock: MockClock, nursery: tri
         for terms, prot, rule in (
             (RegionTerms(prot=Prot.RO), Prot.RW, "prot-above-owner"),
             (RegionTerms(isolation=Isolation.SEALED), Prot.RO, "lease-isolation"),
-            (RegionTerms(isolation=Isolation.REGION), Prot.RO, "lease-isolation"),
         ):
             await ledger.put_region(dataclasses.replace(region, terms=terms))
             with pytest.raises(Refused) as refusal:

@@ -138,6 +138,10 @@ GOOD = (
     Case(rule="", policy=allow(a_set("[a-c]")), after=CHAIN),
     Case(rule="", policy=TWO_SETS, after=PAIR),
     Case(
+        rule="", policy=TWO_SETS, before=holdings({"a": {"r": 4}, "b": {"r": 4}}, r=4),
+        after=dataclasses.replace(CHAIN, granted=frozenset({"s"})),
+    ),
+    Case(
         rule="", policy=TWO_SETS,
         after=holdings({"a": {"r": 4}, "c": {"s": 2}}, {"a": "h", "c": "i"}, r=4, s=2),
     ),

@@ -95,7 +95,10 @@ def map_frames(
         whole.release()
 
 
-MAPPERS: Final[Mapping[str, Mapper]] = MappingProxyType({"physmap": map_frames})
+MAPPERS: Final[Mapping[str, Mapper]] = MappingProxyType(
+    # The pages are a holder's, however guests come to them, and dom0 may map any domain's.
+    {"physmap": map_frames, "grant": map_frames}
+)
 """By transport."""
 
 

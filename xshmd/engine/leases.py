@@ -118,10 +118,10 @@ class Leases:
                 rule="prot-above-owner",
                 region=region_id,
             )
-        if region.terms.isolation not in (None, Isolation.GROUP):
+        if region.terms.isolation is Isolation.SEALED:
             raise Refused(
-                f"region {region_id} has isolation={region.terms.isolation}: its frames do not stay"
-                " where a process could map them",
+                f"region {region_id} has isolation=sealed: its frames do not stay where a process"
+                " could map them",
                 hint="read and write it with `xshmctl dump` and `xshmctl load`",
                 rule="lease-isolation",
                 region=region_id,

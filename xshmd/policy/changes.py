@@ -199,7 +199,7 @@ class _Planner:
         return dataclasses.replace(plan, steps=steps_of(plan, self._regions))
 
     def _check_quotas(self, plan: ChangePlan) -> None:
-        before = Holdings.of(self._snapshot)
+        before = Holdings.of(self._snapshot, self._granted)
         made = {new.region_id: new.nr_fresh_frames for new, _ in plan.creates}
         after = before.with_regions(made, plan.removes)
         for member, change in zip(self._members.values(), plan.guests, strict=True):

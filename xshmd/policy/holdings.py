@@ -20,6 +20,7 @@ from xshmd.model import (
     Snapshot,
 )
 from xshmd.policy.definitions import terms_of
+from xshmd.policy.grants import granted_ids
 
 _UNMADE = (GuestState.HELD, GuestState.DOOMED)
 """States of guests that have nothing yet, or never will."""
@@ -35,12 +36,19 @@ class Holdings:
     """Of each guest, how many frames of each of its regions it has."""
     homes: Mapping[str, str]
     """The holder of each guest that has one, or the name of one to be made."""
+    granted: frozenset[str] = frozenset()
+    """The regions that guests map themselves: to have one in common opens nothing else."""
     places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
     """Where it was written what a region is, or that a guest has it."""
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Holdings:
-        """Return what exists."""
+    def of(cls, snapshot: Snapshot, granted: frozenset[str] = frozenset()) -> Holdings:
+        """Return what exists.
+
+        Args:
+            snapshot: All of it.
+            granted: The regions that guests map themselves, those that are to be made among them.
+        """
         guests = [guest for guest in snapshot.guests if guest.state not in _UNMADE]
         return cls(
             regions={
@@ -49,6 +57,7 @@ class Holdings:
             },
             guests={guest.name: _frames(guest.requests) for guest in guests},
             homes={guest.name: guest.holder_uuid for guest in guests if guest.holder_uuid},
+            granted=granted,
         )
 
     @classmethod
@@ -69,6 +78,7 @@ class Holdings:
             regions=regions,
             guests={guest.name: _frames(guest.requests) for guest in said.guests if guest.requests},
             homes={},
+            granted=granted_ids((), said.regions, said.guests),
             places=places | _places(said.guests),
         )
 
@@ -103,7 +113,7 @@ class Holdings:
         for name, home in self.homes.items():
             members[f"holder {home}"].append(name)
         for name, had in self.guests.items():
-            for region_id in had:
+            for region_id in had.keys() - self.granted:
                 members[f"region {region_id}"].append(name)
         group_of = {name: {name} for name in (*self.guests, *self.homes)}
         for first, *others in members.values():

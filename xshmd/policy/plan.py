@@ -157,9 +157,10 @@ def plan_guest(
         movable=tuple(movable),
         needs_holder=bool(mapped.requests),
     )
-    before = Holdings.of(snapshot)
+    before = Holdings.of(snapshot, granted)
     made = {new.region_id: new.nr_fresh_frames for new in plan.new_regions}
-    after = before.with_regions(made).with_guest(config.name, plan.requests, plan.holder_uuid or "")
+    home = plan.holder_uuid if plan.needs_holder else None
+    after = before.with_regions(made).with_guest(config.name, plan.requests, home or "")
     over = quota_rules.broken(
         Growth(before=before, after=after, policy=policy, free_bytes=host.free_bytes)
     )
