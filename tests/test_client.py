@@ -220,6 +220,31 @@ def test_a_transport_that_nothing_serves(
         pass
 
 
+def test_a_copy_of_the_connection_keeps_no_lease(
+    xshmd: client.Connection, api: FakeRegions
+) -> None:
+    """As a child has that was forked meanwhile."""
+    lease = xshmd.lease("r0")
+    copy = os.dup(lease.fileno())
+    lease.close()
+    until(lambda: api.leases[0].is_over)
+    os.close(copy)
+
+
+def test_a_child_that_unwinds_ends_no_lease(
+    xshmd: client.Connection, api: FakeRegions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = xshmd.lease("r0")
+    copy = os.dup(lease.fileno())  # the parent's
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        lease.close()
+    xshmd.regions()
+    assert not api.leases[0].is_over
+    os.close(copy)
+    until(lambda: api.leases[0].is_over)
+
+
 def test_being_asked_to_let_go(xshmd: client.Connection, api: FakeRegions) -> None:
     with xshmd.region("r0").attach() as lease:
         assert lease.wait_ending(0) == ""

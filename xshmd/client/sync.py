@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -144,6 +145,7 @@ class Lease:
         self._ending = NOT_IN_TIME
         self._nr_mapped = 0
         self._is_closed = False
+        self._pid = os.getpid()
         self._where = self._begin()
 
     def __enter__(self) -> Lease:
@@ -214,7 +216,7 @@ class Lease:
             mapping.is_over = True
             self._nr_mapped -= 1
             if self._is_closed and not self._nr_mapped:
-                self._client.close()
+                self._hang_up()
 
         self._nr_mapped += 1
         writable = self.prot is Prot.RW
@@ -287,9 +289,17 @@ class Lease:
             return
         self._is_closed = True
         # A daemon that was started anew knows of the lease, but not from us: tell it first.
-        with contextlib.suppress(XshmError):
-            self.poll()
+        if os.getpid() == self._pid:
+            with contextlib.suppress(XshmError):
+                self.poll()
         if not self._nr_mapped:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        # A forked child has a copy of the connection: it must not keep the lease up, nor end it.
+        if os.getpid() == self._pid:
+            self._client.hang_up()
+        else:
             self._client.close()
 
 

@@ -65,6 +65,15 @@ class Client:
             self._socket.close()
             self._socket = None
 
+    def hang_up(self) -> None:
+        """Close the connection, though others have it open too, as a forked child may."""
+        if self._socket is not None:
+            try:  # noqa: SIM105 - contextlib takes longer to import than all that is ours
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the daemon was faster
+        self.close()
+
     def call(self, method: str, /, **parameters: Any) -> Parameters:
         """Call a method and return its output; parameters that are None are left out.
 
