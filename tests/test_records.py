@@ -248,9 +248,9 @@ def test_a_field_that_is_missing(guest: Guest, data: st.DataObject) -> None:
 @given(GUESTS)
 def test_a_guest_that_an_earlier_xshmd_wrote_down(guest: Guest) -> None:
     document = json.loads(records.encode(guest))
-    for field in NEW_IN_GUESTS:
+    for field in NEW_IN_GUESTS & document.keys():
         del document[field]
-    as_it_was = dataclasses.replace(guest, reserve=True, reserved=())
+    as_it_was = dataclasses.replace(guest, reserve=True, reserved=(), grants=())
     assert records.decode_guest("p", json.dumps(document)) == as_it_was
 
 
