@@ -20,6 +20,8 @@ from xshmd.model import (
     DetachRegion,
     GuestType,
     Isolation,
+    Process,
+    Prot,
     RegionConfig,
     RegionTerms,
     RemoveRegion,
@@ -468,4 +470,24 @@ async def test_what_a_guest_is_told_fits_in_its_node(autojump_clock: MockClock) 
         assert len(there.server.read(f"/local/domain/{a.domid}/xshm/g") or "") < 3900
         assert len(mapped(there, a)) == MAX_RANGES
         await there.tools.end(a)
+        await there.check_clean()
+
+
+async def test_dom0_has_it_as_it_has_any_region(autojump_clock: MockClock) -> None:
+    """A process that leases it keeps it; one that is too large for one table it cannot have."""
+    async with world() as there:
+        daemon = await there.start()
+        there.xen.command_line = "gnttab_max_frames=2"
+        terms = RegionTerms(transport=Transport.GRANT, isolation=Isolation.REGION)
+        for region_id, frames in (("g", 2), ("large", 700)):
+            config = RegionConfig(region_id=region_id, nr_frames=frames, terms=terms)
+            await daemon.engine.apply([AddRegion(config=config)])
+        process = Process(pid=7, uid=0, started=1, name="p")
+        with pytest.raises(Refused, match="in 3 holders"):
+            async with daemon.engine.lease("large", Prot.RO, process):
+                pass
+        async with daemon.engine.lease("g", Prot.RO, process) as held:
+            assert held.lease.region_id == "g"
+        for region_id in ("g", "large"):
+            await daemon.engine.apply([RemoveRegion(region_id=region_id)])
         await there.check_clean()

@@ -96,10 +96,9 @@ def map_frames(
 
 
 MAPPERS: Final[Mapping[str, Mapper]] = MappingProxyType(
-    # The pages are a holder's, however guests come to them, and dom0 may map any domain's.
     {"physmap": map_frames, "grant": map_frames}
 )
-"""By transport."""
+"""By transport: who maps a region into guests is nothing to dom0, which may map any frame."""
 
 
 def mapper_for(where: Whereabouts) -> Mapper:

@@ -249,26 +249,27 @@ class Grants:
         )
         if ended != guest.grants:
             guest = await self._ledger.put_guest(dataclasses.replace(guest, grants=ended))
-        return await self._let_go(guest)
+        guest, in_use = await self._let_go(guest)
+        for region_id in sorted(region_ids):
+            nr_frames = sum(nr for one, nr in in_use.items() if one.region_id == region_id)
+            if nr_frames:
+                log.warning(
+                    "withdrawn region still mapped",
+                    guest=guest.name, domid=guest.domid, region=region_id, nr_frames=nr_frames,
+                    reason="Xen takes no mapping away: destroy the guest to end it",
+                )  # fmt: skip
+        return guest
 
-    async def _let_go(self, guest: Guest) -> Guest:
-        """Forget the references that were taken from a guest and that it has unmapped."""
+    async def _let_go(self, guest: Guest) -> tuple[Guest, dict[Grant, int]]:
+        """Forget what was taken from a guest and is unmapped; return how many of the rest are."""
         ended = [one for one in guest.grants if one.is_ended]
         if not ended:
-            return guest
+            return guest, {}
         in_use = await self._worker.run(self._end, ended)
         left = tuple(one for one in guest.grants if not one.is_ended or in_use[one])
         if left != guest.grants:
             guest = await self._ledger.put_guest(dataclasses.replace(guest, grants=left))
-        for one in ended:
-            if in_use[one]:
-                log.warning(
-                    "withdrawn region still mapped",
-                    guest=guest.name, domid=guest.domid, region=one.region_id,
-                    nr_frames=in_use[one],
-                    reason="Xen takes no mapping away: destroy the guest to end it",
-                )  # fmt: skip
-        return guest
+        return guest, in_use
 
     def _end(self, grants: Sequence[Grant]) -> dict[Grant, int]:
         """Let nobody map these references; return how many of each range are mapped."""
