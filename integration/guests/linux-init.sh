@@ -195,7 +195,7 @@ granted() {
     list) helper list ;;
     put) echo "put 0 $seed" | helper map "$2" ;;
     get) echo 'get 0' | helper map "$2" ;;
-    try) echo "put 0 $seed" | helper map -r "$2" ;;
+    try) echo "put 8 $seed" | helper map -r "$2" ;;
     sum) say "sum $(xshm-guest dump "$2" | md5sum | cut -d' ' -f1) of $2" ;;
     hold) while :; do sleep 3600; done | helper map "$2" & ;;
     once) once "$2" ;;

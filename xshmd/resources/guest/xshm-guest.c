@@ -34,6 +34,7 @@
 #define PAYLOAD_MAX 4096u       /* XENSTORE_PAYLOAD_MAX */
 /* The most references in one request that every gntdev takes (its parameter `limit`). */
 #define BATCH 16384u
+#define STORE_S 2               /* a store that takes longer is not allowed to end */
 
 enum { OK = 0, FAILED = 1, USAGE = 2, NO_SUCH = 4, REFUSED = 5 };
 
@@ -275,8 +276,12 @@ static void fault(int number)
     siglongjmp(refused, number);
 }
 
-/* Writes a word, and returns 0, or the signal that Xen's refusal comes to. */
-static int put(volatile unsigned char *word, uint64_t value, int prot)
+/*
+ * Writes a word, and returns NULL, or what Xen's refusal comes to: x86 drops the store (hvm.c,
+ * hvm_hap_nested_page_fault(): p2m_is_discard_write()), and Arm has it tried again for ever
+ * (traps.c, do_trap_stage2_abort_guest(): FSC_FLT_PERM).
+ */
+static const char *put(volatile unsigned char *word, uint64_t value, int prot)
 {
     char *page = (char *)((uintptr_t)word & ~(uintptr_t)(PAGE - 1));
     struct sigaction action = { .sa_handler = fault };
@@ -284,14 +289,22 @@ static int put(volatile unsigned char *word, uint64_t value, int prot)
 
     sigaction(SIGSEGV, &action, NULL);
     sigaction(SIGBUS, &action, NULL);
+    sigaction(SIGALRM, &action, NULL);
     if (!(prot & PROT_WRITE) && mprotect(page, PAGE, PROT_READ | PROT_WRITE))
-        return SIGSEGV;
+        return strerror(errno);
     number = sigsetjmp(refused, 1);
-    if (!number)
+    if (!number) {
+        alarm(STORE_S);
         *(volatile uint64_t *)word = value;
+    }
+    alarm(0);
     if (!(prot & PROT_WRITE))
         mprotect(page, PAGE, prot);
-    return number;
+    if (number == SIGALRM)
+        return "the store never ends";
+    if (number)
+        return strsignal(number);
+    return *(volatile uint64_t *)word == value ? NULL : "the store was dropped";
 }
 
 static int map(const char *id, int prot)
@@ -304,7 +317,8 @@ static int map(const char *id, int prot)
     fflush(stdout);
     while (fgets(line, sizeof(line), stdin)) {
         long long offset = -1, value = 0;
-        int words = sscanf(line, "put %lli %lli", &offset, &value), number;
+        int words = sscanf(line, "put %lli %lli", &offset, &value);
+        const char *why;
 
         if (words < 2)
             words = sscanf(line, "get %lli", &offset);
@@ -314,8 +328,8 @@ static int map(const char *id, int prot)
         else if (words == 1)
             printf("got %#llx\n",
                    (unsigned long long)*(volatile uint64_t *)(region + offset));
-        else if ((number = put(region + offset, (uint64_t)value, prot)))
-            printf("refused: %s\n", strsignal(number));
+        else if ((why = put(region + offset, (uint64_t)value, prot)))
+            printf("refused: %s\n", why);
         else
             printf("put %#llx\n", (unsigned long long)value);
         fflush(stdout);
