@@ -8,8 +8,8 @@ TEST_ARCHES ?= arm64 x86_64
 MACHINES ?= 0
 PY = $$(python3 -m integration.hostenv)
 
-.PHONY: help demo shell test lint unit unit-debian rig rig-% bench fuzz attack mutants sweep \
-	crashes call-sites differential soak-simulated scale clean
+# Every target: none of them is a file.
+.PHONY: $(shell sed -n 's/^\([a-z][a-z0-9-]*\):.*/\1/p' $(MAKEFILE_LIST))
 
 help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
@@ -65,6 +65,14 @@ attack:
 
 mutants:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants
+
+# From a number on; a run that fails is played again by its number.
+SCHEDULES ?= 10000
+FIRST_SCHEDULE ?= 0
+
+schedules:
+	@set -e; py=$(PY); cd tests; \
+	PYTHONPATH=.:.. $$py -m schedules --first $(FIRST_SCHEDULE) --count $(SCHEDULES)
 
 sweep:
 	@set -e; py=$(PY); $(SWEEP) $$py -m pytest $(addprefix tests/test_engine_,crash.py faults.py cancel.py)

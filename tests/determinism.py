@@ -11,12 +11,13 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import trio
 from trio._core import _run
 from trio.testing import MockClock
 
+_CHOICE: Final = "_ALLOW_DETERMINISTIC_SCHEDULING"
 ORDER: random.Random = _run._r
 """What trio shuffles by."""
 
@@ -26,16 +27,17 @@ def seeded(seed: int) -> Iterator[None]:
     """Make everything that is left to chance a matter of the seed in the body."""
     chance = random.Random(f"bytes {seed}")
     real, random_real = os.urandom, random._urandom  # type: ignore[attr-defined]
-    before = _run._ALLOW_DETERMINISTIC_SCHEDULING
+    choice = vars(_run)
+    before = choice[_CHOICE]
     order, others = ORDER.getstate(), random.getstate()
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    choice[_CHOICE] = True
     os.urandom = random._urandom = chance.randbytes  # type: ignore[attr-defined]
     ORDER.seed(f"order {seed}")
     random.seed(f"chance {seed}")
     try:
         yield
     finally:
-        _run._ALLOW_DETERMINISTIC_SCHEDULING = before
+        choice[_CHOICE] = before
         os.urandom, random._urandom = real, random_real  # type: ignore[attr-defined]
         ORDER.setstate(order)
         random.setstate(others)
