@@ -108,6 +108,8 @@ async def test_a_client_makes_a_hypercall_of_its_own(served: Served) -> None:
         assert asked == {"result": 0}
         assert (await client.read(reference, 0, 16)).rstrip(b"\0") == EXTRA_VERSION
         assert await client.ask("CallXen", call="page_size") == {"result": PAGE_SIZE}
+        counters = (await client.ask("Status"))["status"]["counters"]
+        assert (counters["buffers"], counters["buffer_pages"]) == (1, 1)
         assert await client.ask("FreeMemory", reference=reference) == {}
         assert await client.ask("FreeBuffer", buffer=reference >> 32) == {}
         assert served.calls.memory.pages == {}

@@ -19,6 +19,7 @@ from scatter_words import START, Toy, bytes_of_part
 from trio.testing import MockClock
 from varlink_fakes import FakeRegions, NoCopier
 
+from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import (
     Conflict,
     HypercallFailed,
@@ -114,6 +115,12 @@ async def test_a_peer_fills_a_list(autojump_clock: MockClock) -> None:
         assert host.read("b", 0, 6) == b" to b\0"
         assert await scatter.wait(posted, 0) == 11
         assert scatter.lists() == ()
+        scatter.unregister(scatter.register("r", "b", IN, into))
+        scatter.register("r", "b", IN, into)
+        assert ListMethods(scatter).counters() == {
+            "lists_waiting": 1, "lists_posted": 3, "lists_done": 1, "lists_cancelled": 1,
+            "transfers": 1, "bytes_moved": 11,
+        }  # fmt: skip
 
 
 async def test_a_peer_fetches_a_list(autojump_clock: MockClock) -> None:

@@ -11,7 +11,7 @@ import base64
 import binascii
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
 import structlog
@@ -56,6 +56,11 @@ class BufferMethods:
             "WriteMemory": Method(run=self._write),
             "CallXen": Method(run=self._call_xen),
         }
+
+    def counters(self) -> Mapping[str, int]:
+        """Return how many hypercall buffers there are, the daemon's own included."""
+        buffers = self._xen.buffers
+        return {"buffers": buffers.nr_buffers, "buffer_pages": buffers.nr_pages}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch for the end of clients' processes; for ever."""

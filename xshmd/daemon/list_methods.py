@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from xshmd.ranges import ByteRange
@@ -31,6 +32,10 @@ class ListMethods:
             "ListLists": Method(run=self._list),
             "Transfer": Method(run=self._transfer, max_call_bytes=wire.MAX_CALL_BYTES),
         }
+
+    def counters(self) -> Mapping[str, int]:
+        """Return how many lists wait, and what has been counted."""
+        return {"lists_waiting": len(self._scatter.lists()), **self._scatter.counts}
 
     async def _register(self, parameters: Parameters) -> Parameters:
         list_id = self._scatter.register(

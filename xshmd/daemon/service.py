@@ -11,7 +11,7 @@ import binascii
 import contextlib
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 import trio
@@ -56,10 +56,14 @@ class MethodTable(Protocol):
 
     def methods(self) -> dict[str, Method | Stream]: ...
 
+    def counters(self) -> Mapping[str, int]:
+        """Return what Status is to say besides the engine's counters, by name."""
+        ...
+
 
 def dispatcher(api: RegionsApi, *others: MethodTable) -> Dispatcher:
     """Return what answers the daemon's clients: about regions from ``api``, and about the rest."""
-    methods = RegionsService(api).methods()
+    methods = RegionsService(api, others).methods()
     for other in others:
         methods |= other.methods()
     return Dispatcher(
@@ -74,8 +78,8 @@ def dispatcher(api: RegionsApi, *others: MethodTable) -> Dispatcher:
 class RegionsService:
     """Answers every method about regions and guests from one ``RegionsApi``."""
 
-    def __init__(self, api: RegionsApi) -> None:
-        self._api = api
+    def __init__(self, api: RegionsApi, others: Sequence[MethodTable] = ()) -> None:
+        self._api, self._others = api, others
         self._processes = ProcProcesses()
         self._reading = trio.CapacityLimiter(1)
 
@@ -127,7 +131,10 @@ class RegionsService:
         return {"guests": records.state_fields(self._api.snapshot())["guests"]}
 
     async def _status(self, _parameters: Parameters) -> Parameters:
-        status = status_fields(self._api.snapshot(), self._api.statistics())
+        counters = dict(self._api.statistics())
+        for other in self._others:
+            counters |= other.counters()
+        status = status_fields(self._api.snapshot(), counters)
         return {"status": status}
 
     async def _monitor(self, parameters: Parameters, emit: Emit) -> Parameters:

@@ -7,7 +7,6 @@ put up for it, and see nothing else of each other's: dom0, which sees it all, do
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 from typing import Final
 
@@ -34,6 +33,7 @@ log = structlog.get_logger()
 DOM0: Final = ""
 """What dom0 is called among the guests: it has every region, and all of it."""
 COUNT_BYTES: Final = 8
+COUNTED: Final = ("lists_posted", "lists_done", "lists_cancelled", "transfers", "bytes_moved")
 
 
 class Scatter:
@@ -48,8 +48,7 @@ class Scatter:
         self._regions, self._copier = regions, copier
         self._lists = Lists(self._done)
         self._waiting: dict[int, trio.Event] = {}
-        self.counts: collections.Counter[str] = collections.Counter()
-        """Lists posted, done and cancelled, transfers, and the bytes of those."""
+        self.counts = dict.fromkeys(COUNTED, 0)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Cancel the lists of guests that leave; for ever."""
@@ -198,6 +197,10 @@ class Scatter:
         self._lists.finish(posted, nr_bytes)
         self.counts["transfers"] += 1
         self.counts["bytes_moved"] += nr_bytes
+        log.debug(
+            "bytes moved", region=region_id, guest=own.guest, peer=posted.part.guest,
+            direction=direction.value, nr_bytes=nr_bytes, list=posted.list_id,
+        )  # fmt: skip
         return nr_bytes
 
     async def _move(self, own: Part, posted: PostedList) -> int:
