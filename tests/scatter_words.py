@@ -20,11 +20,17 @@ from xshmd.model import Guest, GuestState, Holder, Prot, Region, RegionRequest, 
 from xshmd.ports import Hypervisor, PartCopier, RegionsApi
 from xshmd.ranges import ByteRange, Part
 from xshmd.share.lists import Direction
+from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.units import PAGE_SIZE, DomId, Gfn, bytes_of
 
 T = TypeVar("T")
 MAX_STEPS: Final = 60
+REQUEST_BYTES: Final = 80
+"""Of a request page, from its operation on to its second range."""
+MAX_REQUESTS: Final = 8
+PAGES_OF: Final = ("a", "b")
+"""Who has a request page, as the second page of its part."""
 FRAMES: Final = 6
 FIRST_GFN: Final = Gfn(0x40)
 START: Final = bytes_of(FIRST_GFN)
@@ -71,6 +77,9 @@ class Memory:
             self.data[word.start : word.stop] = copied.to_bytes(8, "little")
         return copied
 
+    def map_pages(self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool) -> Window:
+        return Window(self, bytes_of(first_gfn))
+
     @staticmethod
     def _bytes(wanted: ByteRange, allowed: Sequence[range]) -> range:
         found = range(wanted.offset_bytes - START, wanted.end - START)
@@ -78,6 +87,26 @@ class Memory:
             f"{wanted} is nobody's to name"
         )
         return found
+
+
+class Window:
+    """A mapping of it."""
+
+    def __init__(self, memory: Memory, start: int) -> None:
+        self._memory, self._start = memory, start
+
+    def read(self, offset_bytes: int, nr_bytes: int) -> bytes:
+        wanted = ByteRange(self._start + offset_bytes, nr_bytes)
+        found = self._memory._bytes(wanted, [self._memory.may_read])
+        return bytes(self._memory.data[found.start : found.stop])
+
+    def write(self, offset_bytes: int, data: bytes) -> None:
+        wanted = ByteRange(self._start + offset_bytes, len(data))
+        found = self._memory._bytes(wanted, self._memory.may_write)
+        self._memory.data[found.start : found.stop] = data
+
+    def close(self) -> None:
+        pass
 
 
 class Toy:
@@ -95,6 +124,7 @@ class Toy:
             ledger=cast(Ledger, self), holders=cast(Holders, self),
         )  # fmt: skip
         self.scatter = Scatter(cast(RegionsApi, self), cast(PartCopier, self))
+        self.mediator = Mediator(self.scatter, cast(PartCopier, self))
 
     @staticmethod
     def _guest(name: str) -> Guest:
@@ -125,8 +155,16 @@ class Toy:
     def guest(self, generation: str) -> Guest | None:
         return next((one for one in self.guests.values() if one.generation == generation), None)
 
-    async def run(self, call: Callable[[], T]) -> T:
-        return call()
+    async def run(self, call: Callable[..., T], *arguments: object) -> T:
+        return call(*arguments)
+
+    async def read_part(self, region_id: str, part: Part) -> bytes:
+        self.memory.may_read = bytes_of_part(part.guest)
+        return await self._copies.read(region_id, part)
+
+    async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
+        self.memory.may_write = [bytes_of_part(part.guest)]
+        await self._copies.write(region_id, part, data)
 
     async def copy_parts(
         self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
@@ -181,6 +219,24 @@ class Toy:
             except XshmError:
                 continue
         return moved
+
+    def play_pages(self, data: bytes) -> int:
+        """Have two guests write pieces of it into their request pages in turn; bytes moved."""
+        for name in PAGES_OF:
+            finished(self.mediator.open("r", name, PAGE_SIZE))
+        pages = tuple(self.mediator._pages.values())
+        for number in range(min(len(data) // REQUEST_BYTES, MAX_REQUESTS)):
+            request = data[number * REQUEST_BYTES :][:REQUEST_BYTES]
+            page = pages[number % 2]
+            at = bytes_of_part(page.guest)[PAGE_SIZE]
+            # What stands for the number must be a new one for the request to be looked at at all.
+            asked = (number + 1).to_bytes(4, "little")
+            self.memory.data[at : at + 8] = bytes(8)
+            self.memory.data[at + 8 : at + 12] = asked
+            self.memory.data[at + 16 : at + REQUEST_BYTES + 16] = request
+            assert finished(self.mediator._look(page))
+            assert self.memory.data[at + 12 : at + 16] == asked
+        return self.scatter.counts["bytes_moved"]
 
 
 def bytes_of_part(guest: str) -> range:

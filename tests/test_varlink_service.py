@@ -15,6 +15,7 @@ from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import Refused
 from xshmd.model import Grant, GuestState, GuestType
+from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.units import Gfn
 from xshmd.varlink import idl
@@ -52,9 +53,10 @@ async def call(api: FakeRegions, method: str, **parameters: Any) -> Reply:
 
 
 def test_every_method_of_the_contract_is_answered(api: FakeRegions) -> None:
+    scatter = Scatter(api, NoCopier())
     tables = (
         service.RegionsService(api),
-        ListMethods(Scatter(api, NoCopier())),
+        ListMethods(scatter, Mediator(scatter, NoCopier())),
         BufferMethods(SimulatedCalls()),
     )
     answered = [name for table in tables for name in table.methods()]

@@ -241,6 +241,12 @@ class NoCopier(PartCopier):
     ) -> int:
         raise NotImplementedError
 
+    async def read_part(self, region_id: str, part: Part) -> bytes:
+        raise NotImplementedError
+
+    async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
+        raise NotImplementedError
+
 
 def limits() -> Limits:
     return Limits(allowed_uids=frozenset({os.getuid()}))

@@ -534,3 +534,19 @@ class PartCopier(Protocol):
             Refused: the target's guest may only read, or the region is the host's memory.
         """
         ...
+
+    async def read_part(self, region_id: str, part: Part) -> bytes:
+        """Return the bytes of one range of a guest's part: one page of them at the most.
+
+        Raises:
+            NoSuchRegion, NoSuchGuest, OutOfRange: as :meth:`copy_parts`.
+        """
+        ...
+
+    async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
+        """Write bytes over the one range of a guest's part, which is as long.
+
+        Raises:
+            NoSuchRegion, NoSuchGuest, OutOfRange, Refused: as :meth:`copy_parts`.
+        """
+        ...

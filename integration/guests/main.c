@@ -6,6 +6,7 @@
  * the words, region.h says what lies where. It writes to its regions only.
  */
 #include "baremetal.h"
+#include "lists.h"
 #include "region.h"
 
 #define NR_REGIONS 4
@@ -367,6 +368,78 @@ static void do_disk(const struct region *r)
     disk_write_and_read(r->start, ticks, seed);
 }
 
+/* ---- lists: the last page is the request page, all pages before it but the first are data ---- */
+
+#define DATA(r) (((r)->nr_pages - 2) * PAGE_SIZE)
+
+static struct lists_page *request_page(const struct region *r)
+{
+    struct lists_page *page = (struct lists_page *)word_at(r, r->nr_pages - 1, 0);
+
+    if (r->nr_pages < 4)
+        give_up("too small for lists", "the region");
+    while (!lists_open(page))
+        sleep_ms(10);
+    return page;
+}
+
+static uint64_t ask(struct lists_page *page, enum lists_operation operation)
+{
+    page->operation = operation;
+    page->list = 0;
+    lists_ask(page);
+    while (!lists_answered(page))
+        sleep_ms(1);
+    if (page->status && page->status != LISTS_NO_LIST)
+        say("refused operation=%u status=%u", (uint64_t)operation, (uint64_t)page->status);
+    return page->status ? 0 : page->result;
+}
+
+/* All of the data, from an odd place on and then what is before it; cut once more at another. */
+static void name_data(const struct region *r, struct lists_page *page, uint64_t cut)
+{
+    const uint64_t from = 4099;
+
+    page->range[0] = (struct lists_range){ PAGE_SIZE + from, cut - from };
+    page->range[1] = (struct lists_range){ PAGE_SIZE + cut, DATA(r) - cut };
+    page->range[2] = (struct lists_range){ PAGE_SIZE, from };
+    page->nr_ranges = 3;
+}
+
+static void do_offer(const struct region *r)
+{
+    struct lists_page *page = request_page(r);
+    uint64_t moved;
+
+    for (uint64_t at = 1; at < r->nr_pages - 1; at++) {
+        set(word_at(r, at, TAG_FIRST), region_tag(at, seed));
+        set(word_at(r, at, TAG_LAST), region_tag(at, seed));
+    }
+    name_data(r, page, 5000);
+    while (!(moved = ask(page, LISTS_TRANSFER_OUTPUT)))
+        sleep_ms(10);                   /* nobody has posted a list yet */
+    say("offered bytes=%u", moved);
+}
+
+static void do_accept(const struct region *r)
+{
+    struct lists_page *page = request_page(r);
+    uint64_t *count = &page0(r)->free_word, bad = 0;
+
+    set(count, (uint64_t)0);
+    name_data(r, page, 4100);
+    page->count_place = 1;              /* the region's first word */
+    say("posted list=%u", ask(page, LISTS_REGISTER_INPUT));
+    while (!get(count))
+        sleep_ms(10);
+    for (uint64_t at = 1; at < r->nr_pages - 1; at++) {
+        uint64_t want = region_tag(at, seed);
+
+        bad += get(word_at(r, at, TAG_FIRST)) != want || get(word_at(r, at, TAG_LAST)) != want;
+    }
+    say("accepted bytes=%u bad=%u", get(count), bad);
+}
+
 static void do_stay(const struct region *r)
 {
     (void)r;
@@ -418,6 +491,8 @@ static const struct verb {
     { "hash",        do_hash,        true },
     { "peek",        do_peek,        true },
     { "disk",        do_disk,        true },
+    { "offer",       do_offer,       true },
+    { "accept",      do_accept,      true },
     { "reboot-once", do_reboot_once, true },
     { "stay",        do_stay,        false },
     { "poweroff",    do_poweroff,    false },

@@ -78,6 +78,21 @@ def test_guests_with_different_parts_exchange_data(host: Host) -> None:
     host.apply(remove(region))
 
 
+def test_guests_ask_for_it_themselves(host: Host) -> None:
+    """Two bare-metal guests and nobody else, once dom0 has opened their request pages: one posts
+    a list and waits for its count, the other transfers, and every page arrives."""
+    region = host.unique("halves")
+    maker, taker = pair(host, region, "offer", "accept")
+    for guest in (maker, taker):
+        ask(host, "OpenRequestPage", region=region, guest=guest.name, offsetBytes=PART - PAGE)
+    moved = (PAGES - 2) * PAGE
+    host.wait_said(taker, r"posted list=\d+")
+    host.wait_said(maker, f"offered bytes={moved}")
+    host.wait_said(taker, f"accepted bytes={moved} bad=0")
+    host.destroy(maker, taker)
+    host.apply(remove(region))
+
+
 @pytest.mark.alike
 def test_lists_of_a_guest_that_leaves(host: Host) -> None:
     """A guest is destroyed with a list posted: who waits for it is told, nothing is written where

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import structlog.testing
 from scatter_words import Toy
 
 from fuzz import vhost_user
@@ -254,7 +255,14 @@ def varlink_idl(data: bytes) -> None:
 
 def scatter(data: bytes) -> None:
     """Lists and transfers that strangers ask for: whose bytes they are is watched by the memory."""
-    Toy().play(data)
+    with structlog.testing.capture_logs():
+        Toy().play(data)
+
+
+def request_page(data: bytes) -> None:
+    """What two guests write into the pages in which they ask for lists and transfers."""
+    with structlog.testing.capture_logs():
+        Toy().play_pages(data)
 
 
 TARGETS: Final = {
@@ -319,6 +327,13 @@ TARGETS: Final = {
             words=_words("""{ } [ ] : , "method" "parameters" "more" "oneway" "upgrade" "error"
                 "continues" "io.xshmd.Regions.ListRegions" "io.xshmd.Regions.Apply" true null
                 \\ud800 \\u0000 1e400 -0"""),
+        ),
+        Target(
+            name="request-page", run=request_page,
+            words=(
+                b"\1\0\0\0", b"\2\0\0\0", b"\3\0\0\0", b"\4\0\0\0", b"\5\0\0\0", b"\xff" * 8,
+                b"\0\0\0\0\0\0\0\x80", b"\0\x10\0\0\0\0\0\0", b"\x41\0\0\0",
+            ),
         ),
         Target(
             name="scatter", run=scatter,

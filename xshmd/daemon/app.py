@@ -26,6 +26,7 @@ from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XshmError
+from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.varlink import server
 from xshmd.xen.hypervisor import XenHypervisor
@@ -85,9 +86,11 @@ async def run(settings: Settings) -> None:
                 await nursery.start(engine.run)
                 listener = server.open_listener(settings.socket_path)
                 scatter, buffers = Scatter(engine, engine), BufferMethods(xen)
-                await nursery.start(scatter.run)
-                await nursery.start(buffers.run)
-                served = dispatcher(audit.AuditedRegions(engine), ListMethods(scatter), buffers)
+                mediator = Mediator(scatter, engine)
+                for part in (scatter, mediator, buffers):
+                    await nursery.start(part.run)
+                lists = ListMethods(scatter, mediator)
+                served = dispatcher(audit.AuditedRegions(engine), lists, buffers)
                 await nursery.start(server.serve, listener, served)
                 if settings.metrics_path is not None:
                     nursery.start_soon(Exporter(engine, settings.metrics_path).run)

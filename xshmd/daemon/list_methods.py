@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from xshmd.ranges import ByteRange
 from xshmd.share.lists import Direction, PostedList
+from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import DOM0, Scatter
 from xshmd.varlink import wire
 from xshmd.varlink.dispatch import InvalidParameter, Method, Stream
@@ -20,8 +21,8 @@ MAX_WAIT_S: Final = 3600
 class ListMethods:
     """Answers them."""
 
-    def __init__(self, scatter: Scatter) -> None:
-        self._scatter = scatter
+    def __init__(self, scatter: Scatter, mediator: Mediator) -> None:
+        self._scatter, self._mediator = scatter, mediator
 
     def methods(self) -> dict[str, Method | Stream]:
         """Return the method table, by the names of the interface definition."""
@@ -30,12 +31,18 @@ class ListMethods:
             "UnregisterList": Method(run=self._unregister),
             "AwaitList": Method(run=self._await, interruptible=True),
             "ListLists": Method(run=self._list),
+            "OpenRequestPage": Method(run=self._open),
+            "CloseRequestPage": Method(run=self._close),
             "Transfer": Method(run=self._transfer, max_call_bytes=wire.MAX_CALL_BYTES),
         }
 
     def counters(self) -> Mapping[str, int]:
         """Return how many lists wait, and what has been counted."""
-        return {"lists_waiting": len(self._scatter.lists()), **self._scatter.counts}
+        return {
+            "lists_waiting": len(self._scatter.lists()),
+            "request_pages": self._mediator.nr_pages,
+            **self._scatter.counts,
+        }
 
     async def _register(self, parameters: Parameters) -> Parameters:
         list_id = self._scatter.register(
@@ -72,6 +79,17 @@ class ListMethods:
             list_id=parameters["list"],
         )
         return {"byteCount": nr_bytes}
+
+    async def _open(self, parameters: Parameters) -> Parameters:
+        await self._mediator.open(
+            parameters["region"], _guest(parameters, "guest"), parameters["offsetBytes"]
+        )
+        return {}
+
+    async def _close(self, parameters: Parameters) -> Parameters:
+        member = self._scatter.member(parameters["region"], _guest(parameters, "guest"))
+        self._mediator.close(parameters["region"], member.name)
+        return {}
 
 
 def _guest(parameters: Parameters, name: str) -> str:

@@ -17,7 +17,7 @@ from xshmd.errors import NoSuchGuest, OutOfRange, Refused
 from xshmd.model import GuestState, Prot, Region
 from xshmd.ports import Hypervisor
 from xshmd.ranges import ByteRange, Part, check_apart, check_list
-from xshmd.units import PAGE_SHIFT, bytes_of
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
 
 WORD_BYTES: Final = 8
 
@@ -50,6 +50,33 @@ class Copies:
                 count_at=start + count[0].offset_bytes if count else None,
             )
         )
+
+    async def read(self, region_id: str, part: Part) -> bytes:
+        """Do as :meth:`xshmd.ports.PartCopier.read_part`."""
+        region, holder = reachable(self._ledger, self._holders, region_id)
+        (wanted,) = self._ranges(region, part, writes=False)
+        return await self._worker.run(self._in_page, holder.domid, region, wanted, None)
+
+    async def write(self, region_id: str, part: Part, data: bytes) -> None:
+        """Do as :meth:`xshmd.ports.PartCopier.write_part`."""
+        region, holder = reachable(self._ledger, self._holders, region_id)
+        (wanted,) = self._ranges(region, part, writes=True)
+        await self._worker.run(self._in_page, holder.domid, region, wanted, data)
+
+    def _in_page(
+        self, domid: DomId, region: Region, wanted: ByteRange, data: bytes | None
+    ) -> bytes:
+        """Write the data, or return what is there."""
+        frame, skip = divmod(wanted.offset_bytes, PAGE_SIZE)
+        gfn = Gfn(region.holder_first_gfn + frame)
+        pages = self._xen.map_pages(domid, gfn, 1, writable=data is not None)
+        try:
+            if data is None:
+                return pages.read(skip, wanted.nr_bytes)
+            pages.write(skip, data)
+            return data
+        finally:
+            pages.close()
 
     def _ranges(self, region: Region, part: Part, *, writes: bool) -> list[ByteRange]:
         """Return the ranges as those of the region, if they are the guest's to name."""

@@ -391,6 +391,12 @@ class Reconciler:
     ) -> int:
         return await self._ask(lambda: self._copies.copy(region_id, source, target, count_at))
 
+    async def read_part(self, region_id: str, part: Part) -> bytes:
+        return await self._ask(lambda: self._copies.read(region_id, part))
+
+    async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
+        await self._ask(lambda: self._copies.write(region_id, part, data))
+
     @asynccontextmanager
     async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
         lease_id = secrets.token_hex(8)

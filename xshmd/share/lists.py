@@ -127,23 +127,32 @@ class Lists:
         self._end(list_id, cancelled)
 
     def take(
-        self, region_id: str, generation: str, direction: Direction, list_id: int | None
+        self,
+        region_id: str,
+        generation: str | None,
+        direction: Direction,
+        list_id: int | None,
+        *,
+        not_of: str | None = None,
     ) -> PostedList:
         """Take a list out for a transfer: the oldest that fits, or this one.
 
         Args:
             region_id: The region.
-            generation: Whose list.
+            generation: Whose list; None: anybody's.
             direction: As whoever posted it said.
             list_id: This one and no other; None: the oldest.
+            not_of: Whose list it is not to be.
 
         Raises:
             NoSuchList: there is none.
         """
         for posted in self._posted.values():
+            whose = posted.part.generation
             if (
-                (posted.region_id, posted.part.generation) == (region_id, generation)
-                and posted.direction is direction
+                (posted.region_id, posted.direction) == (region_id, direction)
+                and generation in (None, whose)
+                and whose != not_of
                 and list_id in (None, posted.list_id)
             ):
                 self._taken[posted.list_id] = self._posted.pop(posted.list_id)

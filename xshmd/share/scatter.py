@@ -150,7 +150,7 @@ class Scatter:
         self,
         region_id: str,
         guest: str,
-        peer: str,
+        peer: str | None,
         direction: Direction,
         ranges: Sequence[ByteRange],
         *,
@@ -161,7 +161,8 @@ class Scatter:
         Args:
             region_id: The region.
             guest: Name or domid of the guest whose ranges these are; empty for dom0.
-            peer: Name or domid of the one whose list is used; empty for dom0.
+            peer: Name or domid of the one whose list is used; empty for dom0, None for anybody
+                else than the guest.
             direction: OUTPUT into a list the peer posted for input, INPUT from one for output.
             ranges: In bytes from where the guest's part of the region begins.
             list_id: Use this list and no other; the oldest that fits if None.
@@ -178,9 +179,13 @@ class Scatter:
         region, member, request = self._find(region_id, guest)
         own = _part(member, tuple(ranges))
         _check(region, request, own, writes=direction is Direction.INPUT)
-        _, other, _ = self._find(region_id, peer)
-        generation = other.generation if other else DOM0
-        posted = self._lists.take(region_id, generation, direction.opposite, list_id)
+        if peer is None:
+            whose: str | None = None
+            not_of: str | None = own.generation
+        else:
+            _, other, _ = self._find(region_id, peer)
+            whose, not_of = other.generation if other else DOM0, None
+        posted = self._lists.take(region_id, whose, direction.opposite, list_id, not_of=not_of)
         try:
             nr_bytes = await self._move(own, posted)
         except XshmError:
@@ -213,6 +218,17 @@ class Scatter:
 
     # -- who has what ---------------------------------------------------------------------------
 
+    def member(self, region_id: str, guest: str) -> Guest:
+        """Return the guest of this name or domid that has a part in the region.
+
+        Raises:
+            NoSuchRegion, NoSuchGuest: it is not there, or has none.
+        """
+        _, member, _ = self._find(region_id, guest)
+        if member is None:
+            raise NoSuchGuest("dom0 is no guest", region=region_id)
+        return member
+
     def _find(
         self, region_id: str, guest: str
     ) -> tuple[Region, Guest | None, RegionRequest | None]:
@@ -227,7 +243,8 @@ class Scatter:
         if guest == DOM0:
             return region, None, None
         for member in snapshot.guests:
-            if guest in (member.name, str(member.domid)):
+            # The last is for ourselves: no other guest ever has it.
+            if guest in (member.name, str(member.domid), member.generation):
                 request = _request(member, region_id)
                 if request is not None:
                     return region, member, request
