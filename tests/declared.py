@@ -6,6 +6,7 @@ import dataclasses
 from hypothesis import strategies as st
 
 from xshmd.model import (
+    MAX_DOORBELLS,
     NOWHERE,
     UNPLACED,
     USUAL_TERMS,
@@ -13,6 +14,7 @@ from xshmd.model import (
     Backing,
     CachePolicy,
     Declarations,
+    DoorbellRoute,
     GuestConfig,
     GuestType,
     Isolation,
@@ -47,6 +49,8 @@ def region_terms(draw: st.DrawFn, *, owned: bool) -> RegionTerms:
         transport=draw(st.sampled_from(Transport)),
         isolation=draw(st.sampled_from([None, *Isolation])),
         prot_enforcement=draw(st.sampled_from(ProtEnforcement)),
+        doorbells=draw(st.sampled_from([0, 2, MAX_DOORBELLS])),
+        doorbell_route=draw(st.sampled_from(DoorbellRoute)),
     )
 
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import pytest
+from contract import event_cases
 from contract.cases import CASES, Case
 from contract.host import GUEST_GFN, HOLDER_GFN, ContractHost
+from fakes.event_channels import SimulatedEventChannels
 from fakes.hypervisor import SimulatedXen
 
 from xshmd.errors import PartialMap
@@ -23,6 +25,19 @@ def test_contract(name: str, case: Case, arch: Arch) -> None:
     xen.check()
     assert xen.free_pages == free
     assert [info.domid for info in xen.domains()] == [0]
+
+
+@pytest.mark.parametrize(("name", "case"), event_cases.CASES, ids=[n for n, _ in event_cases.CASES])
+def test_event_channels(name: str, case: event_cases.Case) -> None:
+    xen = SimulatedXen(Arch.ARM64)
+    with ContractHost(xen) as make:
+        case(SimulatedEventChannels(xen), make.bare())
+
+
+async def test_a_bound_line_rings_once() -> None:
+    xen = SimulatedXen(Arch.ARM64)
+    with ContractHost(xen) as make:
+        await event_cases.a_bound_line_rings_once(SimulatedEventChannels(xen), make.bare())
 
 
 def test_names_are_unique() -> None:

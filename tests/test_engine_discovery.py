@@ -174,7 +174,7 @@ async def test_a_new_guests_map_says_where_its_region_is(
         (guest,) = daemon.engine.snapshot().guests
         assert guest.reserved == (((request.first_gfn, request.nr_frames),) if reserve else ())
         node = there.server.read(f"/local/domain/{made.domid}/xshm/r") or ""
-        assert node.endswith(f"memory_map={'reserved' if reserve else 'unchanged'}")
+        assert node.endswith(f"memory_map={'reserved' if reserve else 'unchanged'} peer=0")
         await there.tools.end(made)
         await there.check_clean()
 

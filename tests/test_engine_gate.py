@@ -57,7 +57,7 @@ async def test_a_guest_finds_its_regions_in_xenstore(autojump_clock: MockClock) 
         assert host.server.read(node) == (
             f"begin={address_of(request.first_gfn):#x} size={bytes_of(3):#x} "
             "role=owner prot=rw transport=physmap offset=0x0 backing=holder cache=write-back "
-            "memory_map=reserved"
+            "memory_map=reserved peer=0"
         )
         assert host.server.permissions(node) == ("n0", f"r{made.domid}")
         assert host.server.permissions("/xshmd/guests") == ("n0",)

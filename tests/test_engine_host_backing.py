@@ -125,7 +125,7 @@ async def test_it_is_attached_to_and_detached_from_a_guest_that_runs(
         await daemon.engine.apply([AttachRegion(guest="b", request=request)])
         assert list(domain.direct.values()) == [PLAIN_BAR.first_mfn + 2 + n for n in range(4)]
         node = there.server.read(f"/local/domain/{b.domid}/xshm/bar") or ""
-        assert node.endswith("offset=0x2000 backing=host cache=none memory_map=unchanged")
+        assert node.endswith("offset=0x2000 backing=host cache=none memory_map=unchanged peer=1")
         await daemon.engine.apply([DetachRegion(guest="b", region_id="bar")])
         assert (domain.direct, domain.iomem) == ({}, set())
         assert len(there.xen.by_domid[a.domid].direct) == FRAMES

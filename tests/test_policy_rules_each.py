@@ -162,6 +162,10 @@ CASES = (
     Case(rule="host-address", regions=(system(host_first_mfn=7),)),
     Case(rule="shared-host-range", regions=(system(**on(7)), system(region_id="s", **on(10)))),
     Case(rule="defined-twice", regions=(system(), system(line=9))),
+    Case(rule="doorbells", regions=(system(doorbells=1),)),
+    Case(rule="doorbells", regions=(system(doorbells=16),)),
+    Case(rule="doorbells", regions=(system(1, doorbells=2),)),
+    Case(rule="doorbells", regions=(system(**on(7), doorbells=2),)),
 )
 GOOD = (
     Case(rule="", guests=(guest("a", owner()), guest("b", borrower()))),
@@ -172,6 +176,7 @@ GOOD = (
     Case(rule="", guests=(guest(DOMAIN_0, borrower(0x7000)),), regions=(system(**on(7)),)),
     Case(rule="", regions=(system(**on(7)), system(region_id="s", **on(11)))),
     Case(rule="", guests=(guest("a", owner(terms=RegionTerms(lifetime=Lifetime.MEMBERS))),)),
+    Case(rule="", regions=(system(2, doorbells=15),)),
     Case(rule="", regions=(system(lifetime=Lifetime.SYSTEM, isolation=Isolation.GROUP),)),
 )
 COMPANIONS = {"different-sizes": {"owner-of-systems"}}
@@ -286,6 +291,7 @@ CHECKLIST = {
     "B4 B7 whose it is and when it ends": "owner-of-systems lifetime-contradiction",
     "B11 one id, one range; one range, one id": "defined-twice different-sizes shared-host-range",
     "B14 direct map": "direct-map",
+    "D2 a number for each peer, and its doorbells": "doorbells",
     "B15 no more than can be kept": "unsupported-terms other-size",
 }
 """What the source mails ask for, by the numbers of their list, and the rules that see to it."""

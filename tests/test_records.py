@@ -18,12 +18,14 @@ from xshmd.errors import Refused, StoreError
 from xshmd.model import (
     Backing,
     CachePolicy,
+    DoorbellRoute,
     Grant,
     Guest,
     GuestState,
     Holder,
     Isolation,
     Lifetime,
+    Peer,
     Piece,
     Place,
     Prot,
@@ -37,7 +39,7 @@ from xshmd.model import (
 )
 from xshmd.units import DomId, Gfn
 
-NEW_IN_GUESTS = {"reserve", "reserved", "grants"}
+NEW_IN_GUESTS = {"reserve", "reserved", "grants", "peers"}
 """Fields that the first xshmd did not write."""
 WORD = st.text("abcdefghijklmnopqrstuvwxyzABC0123456789_-", min_size=1, max_size=20)
 TEXT = st.text(max_size=30)
@@ -60,7 +62,8 @@ TERMS = st.builds(
     lifetime=st.none() | st.sampled_from(Lifetime), backing=st.sampled_from(Backing),
     host_first_mfn=st.none() | st.integers(0, 1 << 40), transport=st.sampled_from(Transport),
     isolation=st.none() | st.sampled_from(Isolation),
-    prot_enforcement=st.sampled_from(ProtEnforcement),
+    prot_enforcement=st.sampled_from(ProtEnforcement), doorbells=st.integers(0, 15),
+    doorbell_route=st.sampled_from(DoorbellRoute),
 )  # fmt: skip
 REGIONS = st.builds(
     Region, region_id=WORD, nr_frames=COUNT, holder_uuid=WORD, holder_first_gfn=GFN,
@@ -74,10 +77,15 @@ REQUESTS = st.builds(
     cache_policy=st.none() | st.sampled_from(CachePolicy),
     terms=TERMS, place=st.builds(Place, file=TEXT, key=TEXT, line=st.integers(0, 10**6)),
 )  # fmt: skip
+PEERS = st.builds(
+    Peer, region_id=WORD, peer_id=st.integers(-1, 14),
+    ports=st.lists(st.integers(1, 131071), max_size=15).map(tuple),
+)  # fmt: skip
 GUESTS = st.builds(
     Guest, domid=st.integers(1, 0x7FEF).map(DomId), uuid=WORD, name=TEXT, generation=WORD,
     state=st.sampled_from(GuestState), holder_uuid=WORD | st.just(""),
     requests=st.lists(REQUESTS, max_size=4).map(tuple),
+    peers=st.lists(PEERS, max_size=3).map(tuple),
     reserve=st.booleans(), reserved=st.lists(st.tuples(GFN, COUNT), max_size=2).map(tuple),
     grants=st.lists(GRANTS, max_size=3).map(tuple), ended_at=st.floats(0, 2e9), failure=TEXT,
 )  # fmt: skip
@@ -248,9 +256,9 @@ def test_a_field_that_is_missing(guest: Guest, data: st.DataObject) -> None:
 @given(GUESTS)
 def test_a_guest_that_an_earlier_xshmd_wrote_down(guest: Guest) -> None:
     document = json.loads(records.encode(guest))
-    for field in NEW_IN_GUESTS & document.keys():
-        del document[field]
-    as_it_was = dataclasses.replace(guest, reserve=True, reserved=(), grants=())
+    for field in NEW_IN_GUESTS:
+        document.pop(field, None)
+    as_it_was = dataclasses.replace(guest, reserve=True, reserved=(), grants=(), peers=())
     assert records.decode_guest("p", json.dumps(document)) == as_it_was
 
 

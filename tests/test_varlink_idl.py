@@ -88,6 +88,8 @@ def test_every_member_and_every_field_has_a_comment(name: str) -> None:
         ("Isolation", model.Isolation),
         ("ProtEnforcement", model.ProtEnforcement),
         ("GuestState", model.GuestState),
+        ("DoorbellRoute", model.DoorbellRoute),
+        ("PeerState", model.PeerState),
         ("Verdict", Verdict),
     ],
 )

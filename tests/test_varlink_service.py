@@ -14,7 +14,7 @@ from xshmd.daemon import service
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import Refused
-from xshmd.model import Grant, GuestState, GuestType
+from xshmd.model import Grant, GuestState, GuestType, Peer, RegionTerms
 from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.units import Gfn
@@ -64,6 +64,9 @@ def test_every_method_of_the_contract_is_answered(api: FakeRegions) -> None:
 
 
 async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
+    owner = dataclasses.replace(OWNER, peers=(Peer(region_id="r0", peer_id=0, ports=(3, 4)),))
+    region = dataclasses.replace(SNAPSHOT.regions[0], terms=RegionTerms(doorbells=2))
+    api.now = dataclasses.replace(SNAPSHOT, regions=(region,), guests=(BORROWER, owner))
     assert (await call(api, "ShowRegion", id="r0")).parameters["region"] == {
         "id": "r0",
         "sizeBytes": 1 << 20,
@@ -85,6 +88,9 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
                 "frameCount": 256,
                 "offsetFrames": 0,
                 "references": None,
+                "peerId": 0,
+                "peerState": "joined",
+                "ports": [3, 4],
             },
             {
                 "guest": "log",
@@ -96,6 +102,9 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
                 "frameCount": 2,
                 "offsetFrames": 1,
                 "references": None,
+                "peerId": None,
+                "peerState": "absent",
+                "ports": None,
             },
         ],
         "terms": {
@@ -107,6 +116,8 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
             "transport": "physmap",
             "isolation": None,
             "protEnforcement": "required",
+            "doorbells": 2,
+            "doorbellRoute": "auto",
         },
         "leases": [],
         "pieces": None,

@@ -127,6 +127,8 @@ class FakeRegions(RegionsApi):
         self.declared: list[GuestConfig] = []
         self.withdrawn: list[str] = []
         self.waited: list[tuple[str, float]] = []
+        self.watched: list[tuple[tuple[str, int, int | None], trio.MemorySendChannel[None]]] = []
+        """What is watched: region, byte, counter."""
         self.waiting = trio.Event()
         self.wait_cancelled = trio.Event()
         self.steps: tuple[Step, ...] = ()
@@ -228,6 +230,29 @@ class FakeRegions(RegionsApi):
             yield held
         finally:
             held.is_over = True
+
+    async def trigger(self, region_id: str, offset_bytes: int) -> int:
+        if self.refusal is not None:
+            raise self.refusal
+        for watched, send in self.watched:
+            if watched[:2] == (region_id, offset_bytes):
+                await send.send(None)
+        return len(self.watched)
+
+    @asynccontextmanager
+    async def watch(
+        self, region_id: str, offset_bytes: int, counter_offset_bytes: int | None
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[None]]:
+        if self.refusal is not None:
+            raise self.refusal
+        send, receive = trio.open_memory_channel[None](1)
+        watched = ((region_id, offset_bytes, counter_offset_bytes), send)
+        self.watched.append(watched)
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            self.watched.remove(watched)
 
     def statistics(self) -> Mapping[str, int]:
         return self.figures

@@ -17,6 +17,10 @@ MAX_REGION_ID_LENGTH: Final = 128
 """The longest id, as in the 2018 xl series (a dom0less device tree holds only 15 characters)."""
 
 
+MAX_DOORBELLS: Final = 15
+"""How many peers of a region can have doorbells: its control page has room for no more."""
+
+
 DOMAIN_0: Final = "Domain-0"
 """What xl and xenstore call the control domain, which may be a member as a guest is."""
 
@@ -99,6 +103,15 @@ class Isolation(enum.StrEnum):
     """Only its own members reach it; needs the grant transport."""
 
 
+class DoorbellRoute(enum.StrEnum):
+    """How rings go from guest to guest."""
+
+    AUTO = "auto"
+    """By event channels of their own where guests bind those and Xen lets them, else by dom0."""
+    RELAYED = "relayed"
+    """By dom0 alone, which counts them and can stop a guest that rings without end."""
+
+
 class ProtEnforcement(enum.StrEnum):
     """What becomes of a protection that Xen cannot enforce."""
 
@@ -150,6 +163,9 @@ class RegionTerms:
     isolation: Isolation | None = None
     """None: GROUP where that loses nothing."""
     prot_enforcement: ProtEnforcement = ProtEnforcement.REQUIRED
+    doorbells: int = 0
+    """How many peers can ring each other, and dom0; its last page is then the control page."""
+    doorbell_route: DoorbellRoute = DoorbellRoute.AUTO
 
 
 USUAL_TERMS: Final = RegionTerms()
@@ -394,6 +410,32 @@ class GuestState(enum.StrEnum):
     """Its regions could not be given: it is being destroyed."""
 
 
+class PeerState(enum.StrEnum):
+    """What a peer is to those it shares a region with."""
+
+    ABSENT = "absent"
+    """Its domain is not there: it is being made, or awaited."""
+    JOINED = "joined"
+    """It has the region's memory."""
+    READY = "ready"
+    """It has said in the control page that it uses it."""
+    LEFT = "left"
+    """It had the region, and has it no more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A guest's place among those that have a region."""
+
+    region_id: str
+    peer_id: int
+    """The lowest that was free when it joined; its own for as long as it is a member."""
+    ports: tuple[int, ...] = ()
+    """Its event channel ports, by the id of the peer each rings; at its own id, dom0's."""
+    is_ready: bool = False
+    """Whether it says in the control page that it uses the region; not written down."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
     """A domain that has, is getting or awaits its regions, as recorded in xenstore."""
@@ -414,10 +456,19 @@ class Guest:
     """First frame and number of frames of the ranges reserved for regions in its memory map."""
     grants: tuple[Grant, ...] = ()
     """The grant references that are, or are about to be, its own."""
+    peers: tuple[Peer, ...] = ()
+    """Its place in each region.  Those of regions it has no more keep ports, which only a guest
+    itself can close, for the next."""
     ended_at: float = 0.0
     """The machine's uptime in seconds when a REBOOTING guest's domain ended; 0 otherwise."""
     failure: str = ""
     """Why a DOOMED guest is destroyed."""
+
+    def peer(self, region_id: str) -> Peer | None:
+        """Return its place in a region that it has; None before it has one."""
+        if all(request.region_id != region_id for request in self.requests):
+            return None
+        return next((peer for peer in self.peers if peer.region_id == region_id), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,14 @@ class PageMap(Protocol):
 
     def write(self, offset_bytes: int, data: bytes) -> None: ...
 
+    def decrement(self, offset_bytes: int) -> int | None:
+        """Take one off an aligned 32-bit word, atomically; None if it is 0, and stays that.
+
+        Returns:
+            What is left of it.
+        """
+        ...
+
     def close(self) -> None:
         """Drop the mapping; may be called again without harm."""
         ...
@@ -239,6 +247,64 @@ class Hypervisor(Protocol):
 
     def set_memory_map(self, domid: DomId, ranges: Sequence[MemoryRange]) -> None:
         """Replace the map that an x86 guest is given by XENMEM_memory_map; Arm has none: ENOSYS."""
+        ...
+
+
+NOWHERE_LINE: Final = 0
+"""Where rings go that nobody is to hear: no port has that number."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PortStatus:
+    """Whom a port of a domain is for, or bound to."""
+
+    remote: DomId
+    remote_port: int
+    """The other end's number; 0: nobody has bound it yet, or whoever had is gone."""
+
+
+class EventChannels(Protocol):
+    """Event channels between guests and the control domain, and the relay between two of them.
+
+    A *port* is a number in a guest, a *line* the number of the control domain's end.  Every call
+    but :meth:`run` and :meth:`heard` is synchronous and short, and may raise
+    :class:`~xshmd.errors.HypercallFailed` (``DomainGone`` for ESRCH).
+    """
+
+    def allocate(self, domid: DomId, remote: DomId) -> int:
+        """Return a new port of the domain, the lowest free one, that ``remote`` alone may bind."""
+        ...
+
+    def status(self, domid: DomId, port: int) -> PortStatus | None:
+        """Return whom a port is for; None if it is closed, or no channel between domains."""
+        ...
+
+    def bind(self, domid: DomId, port: int) -> int:
+        """Bind a guest's port; return the line, which rings once, for what may have been lost."""
+        ...
+
+    def unbind(self, line: int) -> None:
+        """Give a line up; the guest's port then waits to be bound again, and rings nobody."""
+        ...
+
+    def notify(self, line: int) -> None:
+        """Ring at the guest's end of a line."""
+        ...
+
+    def pass_on(self, line: int, to: int | None) -> None:
+        """From now on have each ring of a line ring another; None: report it to :meth:`heard`."""
+        ...
+
+    def rings(self, line: int) -> int:
+        """Return how often a line has rung; rings that come before it is looked at are one."""
+        ...
+
+    async def run(self) -> None:
+        """Pass rings on for as long as it is not cancelled."""
+        ...
+
+    async def heard(self) -> tuple[int, ...]:
+        """Wait for rings that are not passed on; return their lines, each but once."""
         ...
 
 
@@ -490,6 +556,38 @@ class RegionsApi(Protocol):
 
         Raises:
             NoSuchRegion, Conflict, Refused: it is not there, or cannot be had this way or now.
+        """
+        ...
+
+    async def trigger(self, region_id: str, offset_bytes: int) -> int:
+        """Wake whoever watches a byte of a region; see docs/doorbells.md.
+
+        Returns:
+            How many peers were woken, dom0's clients together being one.
+
+        Raises:
+            UsageError: the byte is not in the region.
+            NoSuchRegion, Conflict, Refused: it is not there, not ready or has no doorbells.
+        """
+        ...
+
+    def watch(
+        self, region_id: str, offset_bytes: int, counter_offset_bytes: int | None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[None]]:
+        """Receive something whenever a byte of a region may have been triggered.
+
+        Whoever is woken looks at what it waits for: several triggers may be one, and one too many.
+
+        Args:
+            region_id: The region.
+            offset_bytes: Which byte of it.
+            counter_offset_bytes: An aligned 32-bit word of it that each trigger decrements: it
+                wakes when that becomes 0.  None: it wakes each time.
+
+        Raises:
+            UsageError: the byte or the word is not in the region.
+            NoSuchRegion, Refused: it is not there, or has no doorbells.
+            Conflict: it is not ready, or dom0 watches as many places of it as it can.
         """
         ...
 

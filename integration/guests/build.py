@@ -21,7 +21,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HELPER = HERE.parent.parent / "xshmd/resources/guest/xshm-guest.c"
+PEER = HERE.parent.parent / "xshmd/resources/guest"
+"""The code that xshmd offers to guests; here it is used and tried."""
+HELPER = PEER / "xshm-guest.c"
 HELPER_CFLAGS = "-std=gnu11 -O2 -g0 -Wall -Wextra -Werror -static -s -Wl,--build-id=none"
 
 CFLAGS = """
@@ -64,10 +66,12 @@ def build_baremetal(arch: str, out: Path) -> None:
         tool(arch, "gcc"),
         *CFLAGS.split(),
         *ARCHES[arch][2].split(),
+        f"-I{PEER}",
         f"-Wl,-T,{board / 'link.ld'}",
         "-o", out,
         board / "start.S", board / "board.c", HERE / "main.c", HERE / "disk.c",
         HERE / "map.c", HERE / "say.c",
+        HERE / "bells.c", PEER / "xshm_peer.c",
     )  # fmt: skip
     if arch == "arm64":
         run(tool(arch, "objcopy"), "-O", "binary", out)

@@ -6,19 +6,17 @@
  * the words, region.h says what lies where. It writes to its regions only.
  */
 #include "baremetal.h"
+#include "bells.h"
 #include "lists.h"
 #include "region.h"
 
 #define NR_REGIONS 4
 #define MS 1000000u                     /* nanoseconds */
 
-struct region {
-    uint64_t start, nr_pages;
-};
-
 static struct region regions[NR_REGIONS];
 static unsigned int nr_regions;
-static uint32_t seed = 1, ticks = 1000, slot, peer_slot;
+static uint32_t seed = 1;
+uint32_t ticks = 1000, slot, peer_slot, message_bytes = 64;
 static const char *verbs = "stay", *peer_name = "peer";
 
 /* ---- ends ---- */
@@ -32,7 +30,7 @@ static _Noreturn void shut_down(enum shutdown_reason reason)
     board_idle();
 }
 
-static _Noreturn void give_up(const char *what, const char *word)
+_Noreturn void give_up(const char *what, const char *word)
 {
     say("error: %s: %s", what, word);
     shut_down(SHUTDOWN_crash);
@@ -161,6 +159,8 @@ static void read_words(const char *cmdline)
             verbs = value;
         else if ((value = after(word, "seed=")))
             seed = small(value, UINT32_MAX);
+        else if ((value = after(word, "bytes=")))
+            message_bytes = small(value, PAGE_SIZE);
         else if ((value = after(word, "ticks=")))
             ticks = small(value, UINT32_MAX);
         else if ((value = after(word, "slot=")))
@@ -176,20 +176,12 @@ static void read_words(const char *cmdline)
 
 /* ---- the region ---- */
 
-static struct page0 *page0(const struct region *r)
-{
-    return (struct page0 *)(uintptr_t)r->start;
-}
-
 static uint64_t *word_at(const struct region *r, uint64_t page, unsigned int offset)
 {
     return (uint64_t *)(uintptr_t)(r->start + page * PAGE_SIZE + offset);
 }
 
-#define get(p)      __atomic_load_n(p, __ATOMIC_ACQUIRE)
-#define set(p, v)   __atomic_store_n(p, v, __ATOMIC_RELEASE)
-
-static void sleep_ms(uint64_t ms)
+void sleep_ms(uint64_t ms)
 {
     board_sleep_until_ns(board_now_ns() + ms * MS);
 }
@@ -491,6 +483,16 @@ static const struct verb {
     { "hash",        do_hash,        true },
     { "peek",        do_peek,        true },
     { "disk",        do_disk,        true },
+    { "peers",       do_peers,       true },
+    { "await-peer",  do_await_peer,  true },
+    { "bell-ping",   do_bell_ping,   true },
+    { "bell-pong",   do_bell_pong,   true },
+    { "flood",       do_flood,       true },
+    { "flooded",     do_flooded,     true },
+    { "trigger",     do_trigger,     true },
+    { "triggered",   do_triggered,   true },
+    { "send",        do_send,        true },
+    { "receive",     do_receive,     true },
     { "offer",       do_offer,       true },
     { "accept",      do_accept,      true },
     { "reboot-once", do_reboot_once, true },

@@ -54,7 +54,8 @@ def test_linux_finds_its_region_in_xenstore(host: Host) -> None:
     host.wait_said(
         linux,
         f"node {region}: begin={host.at:#x} size={SIZE:#x} role=borrower prot=rw "
-        f"transport=physmap offset=0x0 backing=holder cache=write-back memory_map={memory_map} ?",
+        f"transport=physmap offset=0x0 backing=holder cache=write-back memory_map={memory_map} "
+        "peer=1 ?",
     )
     host.destroy(linux, metal)
 
@@ -78,7 +79,7 @@ def test_a_memory_map_that_is_to_be_left_alone(host: Host) -> None:
     host.create(plain)
     host.wait_said(plain, "nothing reserved above 4 GiB")
     node = host.dom0.run(["xenstore-read", f"/local/domain/{host.domid(plain)}/xshm/{region}"])
-    assert node.text.split()[-1] == "memory_map=unchanged"
+    assert node.text.split()[-2] == "memory_map=unchanged"
     host.destroy(plain)
     config = guest_config(finder(host, region, "memory-map").config(), file="linux.cfg")
     argued = finder(

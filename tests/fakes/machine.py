@@ -82,6 +82,15 @@ class SimulatedMap:
             page.write(inside, data[at : at + count])
             at += count
 
+    def decrement(self, offset_bytes: int) -> int | None:
+        if offset_bytes % 4:
+            raise ValueError(f"the word at {offset_bytes} is not aligned")
+        left = int.from_bytes(self.read(offset_bytes, 4), "little")
+        if left == 0:
+            return None
+        self.write(offset_bytes, (left - 1).to_bytes(4, "little"))
+        return left - 1
+
     def close(self) -> None:
         pages, self._pages = self._pages, ()
         if pages:

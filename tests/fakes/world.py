@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import structlog
 import trio
 
+from fakes.event_channels import SimulatedEventChannels
 from fakes.hypervisor import SimulatedXen
 from fakes.objects import Page
 from fakes.toolstack import DaemonLocks, FakeLocks, FakeToolstack, Made
@@ -164,6 +165,7 @@ class Daemon:
                     self._engine = Reconciler(
                         xen=life.xen, store=life.store, finder=world.finder, locks=life.locks,
                         clock=world.clock, processes=world.processes, options=self._options,
+                        channels=world.channels,
                     )  # fmt: skip
                     async with trio.open_nursery() as nursery:
                         await nursery.start(self._engine.run)
@@ -177,6 +179,7 @@ class Daemon:
             for mapping in world.xen.open_maps - maps_before:
                 mapping.close()
             locks.die()
+            world.channels.die()
             self.ready.set()
             self.ended.set()
 
@@ -202,6 +205,8 @@ class World:
 
     def __init__(self, xen: SimulatedXen, server: FakeXenstored, nursery: trio.Nursery) -> None:
         self.xen, self.server = xen, server
+        self.channels = SimulatedEventChannels(xen)
+        self.channels.taken_at_birth = 2
         self.locks = FakeLocks()
         self.tools = FakeToolstack(xen, server, self.locks)
         self.finder = FakeFinder()
@@ -253,9 +258,12 @@ class World:
         role: Role = Role.OWNER,
         offset: int = 0,
         lifetime: Lifetime | None = Lifetime.MEMBERS,
+        doorbells: int = 0,
     ) -> RegionRequest:
         """Return an entry at ``at`` frames past the usual place."""
-        terms = RegionTerms(lifetime=lifetime if role is Role.OWNER else None)
+        terms = RegionTerms()
+        if role is Role.OWNER:
+            terms = RegionTerms(lifetime=lifetime, doorbells=doorbells)
         return RegionRequest(
             region_id=region_id, first_gfn=Gfn(REGION_GFN[self.xen.arch] + at), nr_frames=frames,
             role=role, offset_frames=offset, terms=terms,

@@ -23,6 +23,7 @@ from xshmd.model import (
     Arch,
     CachePolicy,
     Declarations,
+    DoorbellRoute,
     EventChannel,
     GuestConfig,
     GuestType,
@@ -151,6 +152,8 @@ class _Writer:
             self._lose(f"{what}: isolation={terms.isolation}; Xen itself keeps such regions apart")
         if terms.prot_enforcement is not ProtEnforcement.REQUIRED:
             self._lose(f"{what}: prot_enforcement; there is no prot in a device tree")
+        if terms.doorbells or terms.doorbell_route is not DoorbellRoute.AUTO:
+            self._lose(f"{what}: doorbells; Xen has static event channels instead")
 
     def _without_owner(self) -> set[str]:
         """Return the regions whose owner cannot be written: Xen would map memory of nobody's."""

@@ -19,11 +19,13 @@ from xshmd.config.entry_forms import (
 from xshmd.config.entry_values import ADDRESS_LIMIT, EXAMPLE, Values
 from xshmd.config.xlcfg import shown
 from xshmd.model import (
+    MAX_DOORBELLS,
     MAX_REGION_ID_LENGTH,
     UNPLACED,
     USUAL_TERMS,
     WHOLE_REGION,
     CachePolicy,
+    DoorbellRoute,
     Isolation,
     Lifetime,
     Place,
@@ -46,7 +48,11 @@ _LIFETIMES: Final = {one.value: one for one in Lifetime}
 _TRANSPORTS: Final = {one.value: one for one in Transport}
 _ISOLATIONS: Final = {one.value: one for one in Isolation}
 _ENFORCEMENTS: Final = {one.value: one for one in ProtEnforcement}
-_OWNERS_ONLY: Final = ("cache_policy", "lifetime", "transport", "isolation", "prot_enforcement")
+_ROUTES: Final = {one.value: one for one in DoorbellRoute}
+_OWNERS_ONLY: Final = (
+    "cache_policy", "lifetime", "transport", "isolation", "prot_enforcement", "doorbells",
+    "doorbell_route",
+)  # fmt: skip
 _NO_SUCH_PROT: Final = {
     "wo": "no machine that Xen runs on can map memory for writing only",
     "x": "Xen maps shared memory as not executable",
@@ -292,7 +298,16 @@ class Entry:
             isolation=self._values.word("isolation", _ISOLATIONS),
             prot_enforcement=self._values.word("prot_enforcement", _ENFORCEMENTS)
             or ProtEnforcement.REQUIRED,
+            doorbells=self._doorbells(),
+            doorbell_route=self._values.word("doorbell_route", _ROUTES) or DoorbellRoute.AUTO,
         )
+
+    def _doorbells(self) -> int:
+        hint = f"say how many peers are to have doorbells, 2 to {MAX_DOORBELLS}"
+        number = self._values.number("doorbells", "a number of peers", hint)
+        if number is not None and not 2 <= number <= MAX_DOORBELLS:
+            self._values.wrong("bad-number", f"doorbells={number} is not possible", hint)
+        return number or 0
 
 
 def _did_you_mean(key: str) -> str:

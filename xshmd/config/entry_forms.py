@@ -62,6 +62,8 @@ FORMS_OF_KEY: Final[Mapping[str, Form]] = {
     "transport": Form.FINAL,
     "isolation": Form.FINAL,
     "prot_enforcement": Form.FINAL,
+    "doorbells": Form.FINAL,
+    "doorbell_route": Form.FINAL,
 }
 """Every key of any form, in the order that messages list them."""
 FORMS_OF_FLAG: Final[Mapping[str, Form]] = {"master": Form.PROPOSAL_2017}

@@ -10,7 +10,8 @@ and, if wanted, ``offset`` (borrowers), ``prot``, ``cache_policy`` (owners).  Of
 the published syntax cannot say: ``begin`` may be left out (a safe frame is chosen, see
 :mod:`xshmd.policy.placement`), a borrower may leave out ``size`` (to the region's end), and an
 owner may say ``lifetime=owner|members|system``, ``transport=physmap|grant``,
-``isolation=group|sealed|region`` and ``prot_enforcement=required|advisory``
+``isolation=group|sealed|region``, ``prot_enforcement=required|advisory``, ``doorbells=PEERS`` and
+``doorbell_route=auto|relayed``
 (:class:`xshmd.model.RegionTerms`).
 """
 
@@ -27,6 +28,7 @@ from xshmd.errors import ConfigError
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
+    DoorbellRoute,
     Place,
     ProtEnforcement,
     RegionRequest,
@@ -122,4 +124,8 @@ def _terms_in_words(request: RegionRequest) -> list[str]:
         parts.append(f"isolation={terms.isolation}")
     if terms.prot_enforcement is not ProtEnforcement.REQUIRED:
         parts.append(f"prot_enforcement={terms.prot_enforcement}")
+    if terms.doorbells:
+        parts.append(f"doorbells={terms.doorbells}")
+    if terms.doorbell_route is not DoorbellRoute.AUTO:
+        parts.append(f"doorbell_route={terms.doorbell_route}")
     return parts

@@ -12,6 +12,8 @@ A file has one table a region, and in it one a member::
     transport = "physmap"           # physmap or grant
     isolation = "group"             # group, sealed or region
     prot_enforcement = "required"   # required or advisory
+    doorbells = 4                   # how many peers can ring each other, 2 to 15
+    doorbell_route = "auto"         # auto or relayed
     backing = "holder"              # holder or host; host needs
     host_address = 0x50000000       # where in the machine's memory it is
     external = true                 # in place of all these: it is defined elsewhere
@@ -61,6 +63,7 @@ from xshmd.model import (
     Backing,
     CachePolicy,
     Declarations,
+    DoorbellRoute,
     GuestConfig,
     GuestType,
     Isolation,
@@ -77,7 +80,7 @@ from xshmd.units import PAGE_SIZE, Gfn, bytes_of, human_size
 
 REGION_KEYS: Final = (
     "size", "owner", "external", "lifetime", "prot", "cache_policy", "transport", "isolation",
-    "prot_enforcement", "backing", "host_address", "guest",
+    "prot_enforcement", "doorbells", "doorbell_route", "backing", "host_address", "guest",
 )  # fmt: skip
 MEMBER_KEYS: Final = ("begin", "size", "offset", "prot", "role")
 GUEST_KEYS: Final = (
@@ -308,6 +311,8 @@ class _Region:
             isolation=keys.word("isolation", Isolation),
             prot_enforcement=keys.word("prot_enforcement", ProtEnforcement)
             or ProtEnforcement.REQUIRED,
+            doorbell_route=keys.word("doorbell_route", DoorbellRoute) or DoorbellRoute.AUTO,
+            doorbells=keys.count("doorbells") or 0,
         )
 
     def _only_members(self) -> None:

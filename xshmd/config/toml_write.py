@@ -168,10 +168,13 @@ def _definition(region: _Region) -> Iterator[str]:
 def _terms(terms: RegionTerms) -> Iterator[str]:
     for key in (
         "lifetime", "prot", "cache_policy", "transport", "isolation", "prot_enforcement", "backing",
+        "doorbell_route",
     ):  # fmt: skip
         word = getattr(terms, key)
         if word != getattr(USUAL_TERMS, key):
             yield f"{key} = {quoted(word)}"
+    if terms.doorbells:
+        yield f"doorbells = {terms.doorbells}"
     if terms.backing is Backing.HOST and terms.host_first_mfn is not None:
         yield f"host_address = {_address(terms.host_first_mfn)}"
 

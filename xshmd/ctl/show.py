@@ -78,6 +78,8 @@ def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("Isolation", isolation))
     if terms.get("protEnforcement") == "advisory":
         found.append(("Enforcement", "advisory (protection that Xen cannot enforce binds nobody)"))
+    if doorbells := terms.get("doorbells"):
+        found.append(("Doorbells", f"for {doorbells} peers; the last page is their control page"))
     return found
 
 
@@ -106,6 +108,10 @@ def _member(member: dict[str, Any]) -> str:
     text += where
     if member["offsetFrames"]:
         text += f", from the region's frame {render.frame(member['offsetFrames'])} on"
+    if member.get("peerId") is not None:
+        text += f", peer {member['peerId']} ({member['peerState']})"
+    if ports := member.get("ports"):
+        text += f", ports {' '.join(map(str, ports))}"
     return text
 
 

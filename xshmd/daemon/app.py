@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -25,10 +26,11 @@ from xshmd.daemon.sdnotify import Notifier
 from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
-from xshmd.errors import XshmError
+from xshmd.errors import XenUnavailable, XshmError
 from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.varlink import server
+from xshmd.xen.event_channels import XenEventChannels
 from xshmd.xen.hypervisor import XenHypervisor
 from xshmd.xen.libxl_lock import LibxlCreationLock
 from xshmd.xen.store import open_store
@@ -64,7 +66,7 @@ class WallClock:
 async def run(settings: Settings) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
     notifier = Notifier()
-    with alone(), XenHypervisor() as xen:
+    with alone(), XenHypervisor() as xen, contextlib.ExitStack() as stack:
         host = xen.host_info()
         log.info("starting", version=__version__, xen=host.xen_text, arch=host.arch.value)
         async with open_store() as store:
@@ -76,6 +78,7 @@ async def run(settings: Settings) -> None:
                 clock=WallClock(),
                 processes=ProcProcesses(),
                 options=settings.options,
+                channels=_event_channels(stack),
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
@@ -101,6 +104,15 @@ async def run(settings: Settings) -> None:
                     nursery.start_soon(_feed_watchdog, notifier, engine)
     notifier.send("STOPPING=1")
     log.info("stopped")
+
+
+def _event_channels(stack: contextlib.ExitStack) -> XenEventChannels | None:
+    try:
+        return stack.enter_context(XenEventChannels())
+    except XenUnavailable as error:
+        # Who has no region with doorbells need not have the driver.
+        log.warning("no doorbells", reason=error.one_line())
+        return None
 
 
 async def _flush_log(journal: Journal) -> None:

@@ -186,6 +186,14 @@ class AuditedRegions(RegionsApi):
                 "lease", lambda: stack.enter_async_context(lease), region=region_id, prot=prot.value
             )
 
+    async def trigger(self, region_id: str, offset_bytes: int) -> int:
+        return await self._api.trigger(region_id, offset_bytes)
+
+    def watch(
+        self, region_id: str, offset_bytes: int, counter_offset_bytes: int | None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[None]]:
+        return self._api.watch(region_id, offset_bytes, counter_offset_bytes)
+
     def snapshot(self) -> Snapshot:
         return self._api.snapshot()
 

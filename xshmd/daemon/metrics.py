@@ -52,6 +52,7 @@ COUNTERS: Final = (
     ("reloads", "xshmd_reload_total", "Times the configuration was read again."),
     ("messages_sent", "xshmd_xenstore_messages_total", "Requests sent to xenstored."),
     ("events_dropped", "xshmd_events_dropped_total", "Events that slow listeners missed."),
+    ("doorbell_rings", "xshmd_doorbell_rings_total", "Rings of guests that came to dom0."),
 )
 """Name in the statistics, name of the metric, its help text."""
 REFUSALS: Final = "refusals_"

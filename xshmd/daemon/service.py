@@ -103,6 +103,8 @@ class RegionsService:
             "ReadRegion": Method(run=self._read_region, interruptible=True),
             "WriteRegion": Method(run=self._write_region, max_call_bytes=wire.MAX_LARGE_CALL_BYTES),
             "LeaseRegion": Stream(run=self._lease_region),
+            "Trigger": Method(run=self._trigger),
+            "Watch": Stream(run=self._watch),
             "Monitor": Stream(run=self._monitor),
             "Status": Method(run=self._status),
             "GetHost": Method(run=self._get_host),
@@ -263,6 +265,20 @@ class RegionsService:
         region = next(one for one in snapshot.regions if one.region_id == region_id)
         holder = next(one for one in snapshot.holders if one.uuid == region.holder_uuid)
         return records.mapping_fields(region, holder.domid)
+
+    # -- peers ----------------------------------------------------------------------------------
+
+    async def _trigger(self, parameters: Parameters) -> Parameters:
+        return {"woken": await self._api.trigger(parameters["id"], parameters["offsetBytes"])}
+
+    async def _watch(self, parameters: Parameters, emit: Emit) -> Parameters:
+        async with self._api.watch(
+            parameters["id"], parameters["offsetBytes"], parameters["counterOffsetBytes"]
+        ) as triggers:
+            await emit({"triggered": False})
+            async for _ in triggers:
+                await emit({"triggered": True})
+        return {"triggered": True}
 
     # -- the machine ----------------------------------------------------------------------------
 

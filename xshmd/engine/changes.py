@@ -18,6 +18,7 @@ import structlog
 
 from xshmd.engine import identity, records
 from xshmd.engine.attach import Span, attach, check, detach, mappings, span_of
+from xshmd.engine.doorbells import Doorbells
 from xshmd.engine.events import EventHub
 from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
@@ -48,8 +49,10 @@ class Changes:
         holders: Holders,
         grants: Grants,
         hub: EventHub,
+        doorbells: Doorbells,
     ) -> None:
         self._xen, self._worker, self._store = xen, worker, store
+        self._doorbells = doorbells
         self._ledger, self._holders, self._hub = ledger, holders, hub
         self._grants = grants
         self._had: dict[str, set[Span]] = {}
@@ -293,6 +296,8 @@ class Changes:
         """Have the guest's record and its nodes say what it was given; may be done again."""
         new = tuple(one for one in part.attach if one not in guest.requests)
         guest = dataclasses.replace(guest, requests=(*guest.requests, *new))
+        if self._lives(guest):
+            guest = self._doorbells.provide_running(guest)
         also = records.published(guest, self._ledger.snapshot()) if self._lives(guest) else ()
         await self._ledger.put_guest(guest, also=also)
 

@@ -17,6 +17,7 @@ import trio
 from xshmd.engine import identity, records
 from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.discovery import reserve_in_memory_map
+from xshmd.engine.doorbells import Doorbells
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.grants import Grants
@@ -65,9 +66,10 @@ class Passage:
         grants: Grants,
         gate: Gate,
         hub: EventHub,
+        doorbells: Doorbells,
         options: Options,
     ) -> None:
-        self._grants, self._hub = grants, hub
+        self._grants, self._hub, self._doorbells = grants, hub, doorbells
         self._xen, self._worker, self._store = xen, worker, store
         self._finder, self._clock = finder, clock
         self._ledger, self._holders, self._gate = ledger, holders, gate
@@ -281,6 +283,7 @@ class Passage:
             guest = dataclasses.replace(guest, state=GuestState.MAPPING)
             if guest.reserve:
                 guest = await self._worker.run(reserve_in_memory_map, self._xen, guest)
+            guest = self._doorbells.plan(guest)
         # Again too: the record may have been written, and not what follows it.
         guest = await self._ledger.put_guest(
             guest, also=records.published(guest, self._ledger.snapshot())
@@ -289,6 +292,12 @@ class Passage:
             holder = self._holders.having(guest.holder_uuid)
             await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
         await self._grants.give(guest, guest.requests)
+        provided = self._doorbells.provide(guest)
+        if provided != guest:
+            guest = await self._ledger.put_guest(
+                provided, also=records.published(provided, self._ledger.snapshot())
+            )
+        self._doorbells.welcome(guest)
         self._hub.joined(guest, guest.requests, GUEST_CREATED)
         return guest
 

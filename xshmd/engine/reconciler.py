@@ -22,6 +22,7 @@ from xshmd.engine.access import Access
 from xshmd.engine.changes import Changes
 from xshmd.engine.copies import Copies
 from xshmd.engine.desired import Desired
+from xshmd.engine.doorbells import Doorbells
 from xshmd.engine.ends import Ends
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
@@ -33,6 +34,7 @@ from xshmd.engine.leftovers import remove_leftovers
 from xshmd.engine.options import Options
 from xshmd.engine.passage import Passage
 from xshmd.engine.recovery import recover
+from xshmd.engine.watches import Watches
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import (
     ConfigError,
@@ -66,7 +68,16 @@ from xshmd.model import (
     Step,
 )
 from xshmd.policy.changes import ChangePlan
-from xshmd.ports import Clock, ConfigFinder, CreationLock, HeldLease, Hypervisor, Processes, Store
+from xshmd.ports import (
+    Clock,
+    ConfigFinder,
+    CreationLock,
+    EventChannels,
+    HeldLease,
+    Hypervisor,
+    Processes,
+    Store,
+)
 from xshmd.ranges import Part
 from xshmd.units import DomId
 
@@ -100,6 +111,7 @@ class Reconciler:
         clock: Clock,
         processes: Processes,
         options: Options,
+        channels: EventChannels | None = None,
     ) -> None:
         self._xen, self._store, self._clock, self._options = xen, store, clock, options
         self._worker = XenWorker()
@@ -109,17 +121,22 @@ class Reconciler:
             xen, self._worker, store, ledger, hub,
             floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
         )  # fmt: skip
+        self._doorbells = doorbells = Doorbells(
+            channels=channels, xen=xen, ledger=ledger, holders=holders
+        )
+        self._watches = Watches(xen=xen, ledger=ledger, holders=holders, doorbells=doorbells)
         self._gate = gate = Gate(xen, store, ledger, locks)
         self._grants = grants = Grants(
             xen=xen, worker=self._worker, ledger=ledger, holders=holders, hub=hub
         )
         self._passage = Passage(
             xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
-            ledger=ledger, holders=holders, grants=grants, gate=gate, hub=hub, options=options,
+            ledger=ledger, holders=holders, grants=grants, gate=gate, hub=hub,
+            doorbells=doorbells, options=options,
         )  # fmt: skip
         self._changes = Changes(
             xen=xen, worker=self._worker, store=store, ledger=ledger, holders=holders,
-            grants=grants, hub=hub,
+            grants=grants, hub=hub, doorbells=doorbells,
         )  # fmt: skip
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
         self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
@@ -157,6 +174,7 @@ class Reconciler:
                 self._nursery = nursery
                 for holder in self._ledger.holders:
                     self._watch_holder(holder)
+                nursery.start_soon(self._doorbells.run, self._on_ring)
                 await nursery.start(self._gate.run, self._hint)
                 await nursery.start(self._watch, "@introduceDomain", None)
                 await nursery.start(self._watch, "@releaseDomain", self._note_shutdowns)
@@ -176,12 +194,19 @@ class Reconciler:
         try:
             await work()
         except XshmError as error:
-            # Whatever was begun is in the records, and the next look goes on with it.
-            say = log.warning if isinstance(error, StoreTrouble) else log.error
-            say("work put off", reason=error.one_line(), **error.facts)
-            self._look_in(AGAIN_S)
+            self._put_off(error)
+        try:
+            self._doorbells.settle()
+        except XshmError as error:
+            self._put_off(error)
         self._changed.set()
         self._changed = trio.Event()
+
+    def _put_off(self, error: XshmError) -> None:
+        # Whatever was begun is in the records, and the next look goes on with it.
+        say = log.warning if isinstance(error, StoreTrouble) else log.error
+        say("work put off", reason=error.one_line(), **error.facts)
+        self._look_in(AGAIN_S)
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
         """Have the loop do something, and return or raise what comes of it."""
@@ -255,6 +280,16 @@ class Reconciler:
 
     def _domains(self) -> dict[int, DomainInfo]:
         return {int(info.domid): info for info in self._xen.domains()}
+
+    async def _on_ring(self, region_id: str) -> None:
+        async def look() -> None:
+            self._watches.rung(region_id)
+            self._doorbells.note_ready(region_id)
+
+        try:
+            await self._ask(look)
+        except XshmError as error:
+            log.warning("ring not heard", region=region_id, reason=error.one_line())
 
     # -- the look -------------------------------------------------------------------------------
 
@@ -409,6 +444,17 @@ class Reconciler:
             self._put.send_nowait(lambda: self._leases.end(lease_id))
             self._hint()
 
+    async def trigger(self, region_id: str, offset_bytes: int) -> int:
+        async def now() -> int:
+            return self._watches.trigger(region_id, offset_bytes)
+
+        return await self._ask(now)
+
+    def watch(
+        self, region_id: str, offset_bytes: int, counter_offset_bytes: int | None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[None]]:
+        return self._watches.watch(self._ask, region_id, offset_bytes, counter_offset_bytes)
+
     async def apply(self, changes: Sequence[Change], *, dry_run: bool = False) -> tuple[Step, ...]:
         wanted_back = {
             one.region_id
@@ -495,6 +541,7 @@ class Reconciler:
             "bytes_shared": sum(region.size_bytes for region in now.regions),
             "messages_sent": self._store.messages_sent,
             "events_dropped": self._hub.dropped,
+            "doorbell_rings": self._doorbells.rings,
             "last_reload_at": int(self._reloaded_at),
             "uptime_seconds": int(trio.current_time() - self._started_at),
             **{f"refusals_{rule}": count for rule, count in sorted(self._hub.refusals.items())},

@@ -19,6 +19,7 @@ from xshmd.model import (
     USUAL_TERMS,
     Backing,
     CachePolicy,
+    DoorbellRoute,
     Grant,
     Guest,
     GuestState,
@@ -27,6 +28,7 @@ from xshmd.model import (
     Lease,
     Lifetime,
     MapChange,
+    Peer,
     Piece,
     Place,
     Process,
@@ -114,6 +116,7 @@ def encode(record: Holder | Region | Guest | Lease) -> str:
             "requests": [request_document(request) for request in record.requests],
             "reserve": record.reserve,
             "reserved": record.reserved,
+            "peers": [[one.region_id, one.peer_id, *one.ports] for one in record.peers],
             "ended": record.ended_at,
             "failure": record.failure,
         }
@@ -181,6 +184,10 @@ def _mfn(value: object) -> int:
     return _number({"host_first_mfn": value}, "host_first_mfn")
 
 
+def _doorbells(value: object) -> int:
+    return _number({"doorbells": value}, "doorbells")
+
+
 _TERMS: Final[dict[str, Callable[[Any], Any]]] = {
     "prot": Prot,
     "cache_policy": CachePolicy,
@@ -190,6 +197,8 @@ _TERMS: Final[dict[str, Callable[[Any], Any]]] = {
     "transport": Transport,
     "isolation": Isolation,
     "prot_enforcement": ProtEnforcement,
+    "doorbells": _doorbells,
+    "doorbell_route": DoorbellRoute,
 }
 
 
@@ -299,6 +308,10 @@ def decode_guest(path: str, text: str) -> Guest:
             reserve=document.get("reserve") is not False,
             reserved=tuple((Gfn(int(at)), int(nr)) for at, nr in document.get("reserved", ())),
             grants=tuple(_grant(*fields) for fields in document.get("grants", ())),
+            peers=tuple(
+                Peer(region_id=str(one), peer_id=int(peer_id), ports=tuple(map(int, ports)))
+                for one, peer_id, *ports in document.get("peers", ())
+            ),
             ended_at=float(document["ended"]),
             failure=_text(document, "failure"),
         )
@@ -351,7 +364,8 @@ def published(guest: Guest, there: Snapshot) -> tuple[tuple[str, str], ...]:
             (
                 f"{mark_path(guest.domid)}/{request.region_id}",
                 _told(request, terms.get(request.region_id, USUAL_TERMS), guest.reserved)
-                + _granted(request, guest, domids),
+                + _granted(request, guest, domids)
+                + _told_of_peers(guest.peer(request.region_id)),
             )
             for request in guest.requests
         ),
@@ -377,3 +391,10 @@ def _told(request: RegionRequest, terms: RegionTerms, reserved: Container[tuple[
         f"offset={bytes_of(request.offset_frames):#x} backing={terms.backing} cache={cache} "
         f"memory_map={memory_map}"
     )
+
+
+def _told_of_peers(peer: Peer | None) -> str:
+    if peer is None:
+        return ""
+    ports = f" doorbells={','.join(map(str, peer.ports))}" if peer.ports else ""
+    return f" peer={peer.peer_id}{ports}"

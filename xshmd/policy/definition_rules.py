@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from xshmd.model import (
+    MAX_DOORBELLS,
     MAX_REGION_ID_LENGTH,
     Arch,
     Backing,
@@ -149,6 +150,35 @@ def defined_twice(definition: Definition, said: Said, arch: Arch | None) -> Find
         )
 
 
+def doorbells(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """Peers that ring each other need a page to say who is there, and dom0 has to reach it."""
+    terms = definition.terms
+    if not terms.doorbells:
+        return
+    what = f"region '{definition.region_id}' has doorbells"
+    if not 2 <= terms.doorbells <= MAX_DOORBELLS:
+        yield config_error(
+            "doorbells",
+            definition.place,
+            f"{what} for {terms.doorbells} peers",
+            f"say a number of 2 to {MAX_DOORBELLS}, or leave it out",
+        )
+    if definition.nr_frames < 2:
+        yield config_error(
+            "doorbells",
+            definition.place,
+            f"{what} and a single page, which would be the control page",
+            "give it one page more",
+        )
+    if terms.backing is Backing.HOST or terms.transport is Transport.GRANT:
+        yield refused(
+            "doorbells",
+            definition.place,
+            f"{what}, and is not memory of a holder that xshmd itself maps into its guests",
+            "leave doorbells, backing=host or transport=grant out",
+        )
+
+
 DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...] = (
     bad_id,
     size_zero,
@@ -159,6 +189,7 @@ DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...
     host_address,
     shared_host_range,
     defined_twice,
+    doorbells,
 )
 
 

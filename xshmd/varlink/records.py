@@ -12,6 +12,7 @@ from typing import Any
 
 from xshmd.errors import UsageError
 from xshmd.model import (
+    MAX_DOORBELLS,
     UNPLACED,
     USUAL_TERMS,
     WHOLE_REGION,
@@ -21,12 +22,15 @@ from xshmd.model import (
     CachePolicy,
     Change,
     DetachRegion,
+    DoorbellRoute,
     Event,
     Guest,
     GuestState,
     Isolation,
     Lease,
     Lifetime,
+    Peer,
+    PeerState,
     Piece,
     Place,
     Prot,
@@ -131,6 +135,7 @@ def member_fields(guest: Guest, request: RegionRequest, snapshot: Snapshot) -> F
         for grant in sorted(guest.grants, key=lambda one: one.offset_frames)
         if grant.region_id == request.region_id and not grant.is_ended
     ]
+    peer = guest.peer(request.region_id)
     return {
         "guest": guest.name,
         "domainId": guest_domid(guest),
@@ -141,7 +146,16 @@ def member_fields(guest: Guest, request: RegionRequest, snapshot: Snapshot) -> F
         "frameCount": request.nr_frames,
         "offsetFrames": request.offset_frames,
         "references": [one for one in references if one["holderDomainId"] is not None] or None,
+        "peerId": None if peer is None else peer.peer_id,
+        "peerState": _peer_state(guest, peer).value,
+        "ports": list(peer.ports) or None if peer else None,
     }
+
+
+def _peer_state(guest: Guest, peer: Peer | None) -> PeerState:
+    if guest.state is not GuestState.ATTACHED:
+        return PeerState.ABSENT
+    return PeerState.READY if peer is not None and peer.is_ready else PeerState.JOINED
 
 
 def guest_fields(guest: Guest, snapshot: Snapshot) -> Fields:
@@ -229,6 +243,8 @@ def terms_fields(terms: RegionTerms) -> Fields:
         "transport": terms.transport.value,
         "isolation": terms.isolation.value if terms.isolation else None,
         "protEnforcement": terms.prot_enforcement.value,
+        "doorbells": terms.doorbells or None,
+        "doorbellRoute": terms.doorbell_route.value if terms.doorbells else None,
     }
 
 
@@ -251,7 +267,18 @@ def terms_from(fields: Fields | None) -> RegionTerms:
         prot_enforcement=ProtEnforcement(
             fields.get("protEnforcement") or USUAL_TERMS.prot_enforcement
         ),
+        doorbells=_doorbells(fields.get("doorbells")),
+        doorbell_route=DoorbellRoute(fields.get("doorbellRoute") or USUAL_TERMS.doorbell_route),
     )
+
+
+def _doorbells(number: int | None) -> int:
+    if number is not None and not 2 <= number <= MAX_DOORBELLS:
+        raise UsageError(
+            f"doorbells for {number} peers",
+            hint=f"say a number of 2 to {MAX_DOORBELLS}, or null",
+        )
+    return number or 0
 
 
 def definition_fields(config: RegionConfig) -> Fields:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one importer of the compiled modules, so that everything else works where they are absent.
 
-``stable()`` and ``xenctrl()`` return ``(ffi, lib)`` or raise :class:`XenUnavailable` with what to
-do.
+``stable()``, ``xenctrl()`` and ``evtchn()`` return ``(ffi, lib)`` or raise :class:`XenUnavailable`
+with what to do.
 """
 
 from __future__ import annotations
@@ -32,3 +32,8 @@ def stable() -> tuple[Any, Any]:
 def xenctrl() -> tuple[Any, Any]:
     """Return the binding of libxenctrl, which is bound to one version of Xen."""
     return _load("_xenctrl", "the libxenctrl.so of the Xen it was built for")
+
+
+def evtchn() -> tuple[Any, Any]:
+    """Return the binding of event channels, whose libraries have a stable ABI too."""
+    return _load("_evtchn", "libxenevtchn.so.1 and libxencall.so.1")

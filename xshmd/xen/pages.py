@@ -42,6 +42,12 @@ class MappedPages:
     def write(self, offset_bytes: int, data: bytes) -> None:
         self._window(offset_bytes, len(data))[:] = data
 
+    def decrement(self, offset_bytes: int) -> int | None:
+        if offset_bytes % 4:
+            raise ValueError(f"the word at {offset_bytes} is not aligned")
+        left = int(self._lib.xshm_decrement(self._ffi.from_buffer(self._window(offset_bytes, 4))))
+        return None if left < 0 else left
+
     def fill(self, value: int) -> None:
         """Set every byte of the mapping to ``value``."""
         self._window(0, 0)

@@ -1,0 +1,449 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * See xshm_peer.h. All that depends on the machine is at the top: a hypercall, and where Xen's
+ * shared page has the bits of event channels. The barriers are C11's, which are plain loads and
+ * stores on x86, and ldar and stlr on arm64: they hold for write-back memory, as regions are.
+ */
+#include "xshm_peer.h"
+
+#define load(p)      __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define store(p, v)  __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+/* ---- the machine ---- */
+
+enum { HYPERCALL_memory_op = 12, HYPERCALL_sched_op = 29, HYPERCALL_event_channel_op = 32 };
+
+#if defined(__x86_64__)
+
+#define EVTCHN_PENDING 2048u            /* after 32 struct vcpu_info: xen/include/public/xen.h */
+#define EVTCHN_MASK    2560u
+
+static bool is_amd(void)
+{
+    uint32_t a = 0, b, c, d;
+
+    __asm__ volatile ("cpuid" : "+a" (a), "=b" (b), "=c" (c), "=d" (d));
+    return b == 0x68747541 || b == 0x6f677948;          /* "Auth...", "Hygo..." */
+}
+
+static long hypercall(unsigned long op, unsigned long first, void *second)
+{
+    static uint8_t amd;                 /* 0: not known yet; else 1 + is_amd() */
+    unsigned long rdi = first, rsi = (uintptr_t)second;
+    long result = (long)op;
+
+    if (!amd)
+        amd = 1 + is_amd();
+    if (amd == 2)
+        __asm__ volatile ("vmmcall" : "+a" (result), "+D" (rdi), "+S" (rsi)
+                          :: "memory", "rdx", "r10", "r8", "r9");
+    else
+        __asm__ volatile ("vmcall" : "+a" (result), "+D" (rdi), "+S" (rsi)
+                          :: "memory", "rdx", "r10", "r8", "r9");
+    return result;
+}
+
+#elif defined(__aarch64__)
+
+#define EVTCHN_PENDING 48u              /* after the only struct vcpu_info that is there */
+#define EVTCHN_MASK    560u
+
+static long hypercall(unsigned long op, unsigned long first, void *second)
+{
+    register unsigned long x0 __asm__("x0") = first, x1 __asm__("x1") = (uintptr_t)second;
+    register unsigned long x16 __asm__("x16") = op;
+
+    __asm__ volatile ("hvc #0xea1" : "+r" (x0), "+r" (x1), "+r" (x16) :: "memory", "x2", "x3", "x4");
+    return (long)x0;
+}
+
+#else
+#error "Xen's guests with regions are x86_64 and arm64"
+#endif
+
+/* ---- Xen's interface, as far as it is needed: xen/include/public ---- */
+
+#define DOMID_SELF 0x7ff0u
+
+struct add_to_physmap { uint16_t domid, size; uint32_t space; uint64_t index, gpfn; };
+struct evtchn_send { uint32_t port; };
+struct evtchn_bind { uint16_t remote; uint32_t remote_port, port; };
+struct evtchn_alloc { uint16_t domid, remote; uint32_t port; };
+struct evtchn_status { uint16_t domid; uint32_t port, status, vcpu; uint16_t remote; uint32_t remote_port; };
+struct sched_poll { uint32_t *ports; uint32_t nr_ports; uint64_t timeout; };
+
+enum { XENMEM_add_to_physmap = 7, XENMAPSPACE_shared_info = 0 };
+enum { EVTCHNOP_bind_interdomain = 0, EVTCHNOP_close = 3, EVTCHNOP_send = 4, EVTCHNOP_status = 5, EVTCHNOP_alloc_unbound = 6 };
+enum { SCHEDOP_poll = 3 };
+
+static bool map_shared_info(void *page)
+{
+    struct add_to_physmap map = { .domid = DOMID_SELF, .gpfn = (uintptr_t)page / XSHM_PAGE };
+
+    map.space = XENMAPSPACE_shared_info;
+    return hypercall(HYPERCALL_memory_op, XENMEM_add_to_physmap, &map) == 0;
+}
+
+static void close_port(uint32_t port)
+{
+    struct evtchn_send closing = { .port = port };
+
+    hypercall(HYPERCALL_event_channel_op, EVTCHNOP_close, &closing);
+}
+
+static void send(uint32_t port)
+{
+    struct evtchn_send ring = { .port = port };
+
+    hypercall(HYPERCALL_event_channel_op, EVTCHNOP_send, &ring);
+}
+
+/* Xen tells nobody his number, but for whom a port is that is for oneself. */
+static int32_t own_domid(void)
+{
+    struct evtchn_alloc alloc = { .domid = DOMID_SELF, .remote = DOMID_SELF };
+    struct evtchn_status status = { .domid = DOMID_SELF };
+    long rc;
+
+    if (hypercall(HYPERCALL_event_channel_op, EVTCHNOP_alloc_unbound, &alloc))
+        return -1;
+    status.port = alloc.port;
+    rc = hypercall(HYPERCALL_event_channel_op, EVTCHNOP_status, &status);
+    close_port(alloc.port);
+    return rc ? -1 : status.remote;
+}
+
+static uint64_t *bits_of(const struct xshm *xs, uint32_t which, uint32_t port)
+{
+    return (uint64_t *)(void *)((uint8_t *)xs->shared_info + which) + port / 64;
+}
+
+/* What two levels of 64 bits reach; a port beyond is none of libxl's guests'. */
+static bool is_port(uint32_t port)
+{
+    return port != 0 && port < 64 * 64;
+}
+
+/* Whoever waits in Xen wants no interrupt for it. */
+static void mask(const struct xshm *xs, uint32_t port)
+{
+    if (xs->polls)
+        __atomic_fetch_or(bits_of(xs, EVTCHN_MASK, port), (uint64_t)1 << port % 64,
+                          __ATOMIC_SEQ_CST);
+}
+
+static bool take(const struct xshm *xs, uint32_t port)
+{
+    uint64_t bit = (uint64_t)1 << port % 64;
+
+    return (__atomic_fetch_and(bits_of(xs, EVTCHN_PENDING, port), ~bit, __ATOMIC_SEQ_CST) & bit) != 0;
+}
+
+/* ---- finding it ---- */
+
+int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, bool mapped)
+{
+    struct xshm_control *control;
+    int32_t domid;
+    uint32_t k;
+
+    if (size < 2 * XSHM_PAGE || size % XSHM_PAGE)
+        return -1;
+    control = (struct xshm_control *)(void *)((uint8_t *)base + size - XSHM_PAGE);
+    if (load(&control->magic) != XSHM_MAGIC || control->version != XSHM_VERSION)
+        return -1;
+    xs->base = base;
+    xs->size = size - XSHM_PAGE;
+    xs->control = control;
+    xs->shared_info = shared_info;
+    xs->polls = !mapped;
+    xs->nr_peers = load(&control->nr_peers);
+    if (xs->nr_peers > XSHM_MAX_PEERS)
+        return -1;
+    domid = own_domid();
+    if (domid < 0 || (!mapped && !map_shared_info(shared_info)))
+        return -3;
+    for (xs->id = 0; xs->id < xs->nr_peers; xs->id++)
+        if (xshm_state_of(xs, xs->id) == XSHM_JOINED && load(&control->row[xs->id].domid) == (uint32_t)domid)
+            break;
+    if (xs->id == xs->nr_peers)
+        return -2;
+    for (k = 0; k < xs->nr_peers; k++) {
+        xs->port[k] = load(&control->port[xs->id][k]);
+        xs->direct[k] = load(&control->offer[xs->id][k]);
+        xs->lives[k] = load(&control->row[k].lives);
+        if (!is_port(xs->port[k]))
+            return -2;
+        mask(xs, xs->port[k]);
+        if (!is_port(xs->direct[k]))
+            xs->direct[k] = 0;
+        else
+            mask(xs, xs->direct[k]);
+    }
+    xs->connected = 0;
+    return 0;
+}
+
+void xshm_ready(struct xshm *xs)
+{
+    uint32_t k;
+
+    store(&xs->control->row[xs->id].hears, 1u);
+    store(&xs->control->row[xs->id].ready, 1u);
+    for (k = 0; k < xs->nr_peers; k++)
+        xshm_ring(xs, k);
+}
+
+enum xshm_state xshm_state_of(const struct xshm *xs, uint32_t peer)
+{
+    uint32_t state = peer < XSHM_MAX_PEERS ? load(&xs->control->row[peer].state) : XSHM_ABSENT;
+
+    return state <= XSHM_LEFT ? (enum xshm_state)state : XSHM_ABSENT;
+}
+
+bool xshm_is_ready(const struct xshm *xs, uint32_t peer)
+{
+    return xshm_state_of(xs, peer) == XSHM_JOINED && load(&xs->control->row[peer].ready) != 0;
+}
+
+static void connect(struct xshm *xs, uint32_t peer)
+{
+    const struct xshm_row *row = &xs->control->row[peer];
+    struct evtchn_bind bind = {
+        .remote = (uint16_t)load(&row->domid), .remote_port = load(&xs->control->offer[peer][xs->id]),
+    };
+
+    if (!is_port(bind.remote_port) || load(&row->hears) == 0 ||
+        hypercall(HYPERCALL_event_channel_op, EVTCHNOP_bind_interdomain, &bind))
+        return;
+    if (is_port(bind.port)) {
+        xs->direct[peer] = bind.port;
+        xs->connected |= 1u << peer;
+        mask(xs, bind.port);
+        send(bind.port);                /* so that it knows, too */
+    } else
+        close_port(bind.port);
+}
+
+void xshm_connect(struct xshm *xs)
+{
+    uint32_t peer;
+
+    for (peer = 0; peer < xs->nr_peers; peer++) {
+        uint32_t lives = load(&xs->control->row[peer].lives);
+        bool here = xshm_state_of(xs, peer) == XSHM_JOINED;
+
+        if (xs->direct[peer] && (!here || lives != xs->lives[peer])) {
+            close_port(xs->direct[peer]);
+            xs->direct[peer] = 0;
+            xs->connected &= ~(1u << peer);
+        }
+        xs->lives[peer] = lives;
+        if (here && peer != xs->id && !xs->direct[peer])
+            connect(xs, peer);
+    }
+}
+
+/* ---- doorbells ---- */
+
+void xshm_ring(struct xshm *xs, uint32_t peer)
+{
+    uint32_t whom = peer == XSHM_DOM0 ? xs->id : peer;
+
+    if (whom >= xs->nr_peers)
+        return;
+    full_fence();
+    /* A peer that has come again is at the end of no channel that was made before. */
+    if ((xs->connected >> whom & 1) && load(&xs->control->row[whom].lives) == xs->lives[whom])
+        send(xs->direct[whom]);
+    else
+        send(xs->port[whom]);
+}
+
+uint32_t xshm_take(struct xshm *xs)
+{
+    uint32_t rung = 0, k;
+
+    for (k = 0; k < xs->nr_peers; k++) {
+        if (take(xs, xs->port[k]))
+            rung |= 1u << k;
+        if (xs->direct[k] && take(xs, xs->direct[k])) {
+            rung |= 1u << k;
+            xs->connected |= 1u << k;   /* who rings here hears here */
+        }
+    }
+    return rung;
+}
+
+void xshm_wait(struct xshm *xs)
+{
+    uint32_t ports[2 * XSHM_MAX_PEERS], k;
+    struct sched_poll poll = { .ports = ports };
+
+    for (k = 0; k < xs->nr_peers; k++) {
+        ports[poll.nr_ports++] = xs->port[k];
+        if (xs->direct[k])
+            ports[poll.nr_ports++] = xs->direct[k];
+    }
+    hypercall(HYPERCALL_sched_op, SCHEDOP_poll, &poll);
+}
+
+/* ---- watch and trigger ---- */
+
+static bool is_counter(const struct xshm *xs, uint64_t counter)
+{
+    return counter % 4 == 0 && counter <= xs->size - 4;
+}
+
+bool xshm_watch(struct xshm *xs, uint32_t slot, uint64_t address, uint64_t counter)
+{
+    struct xshm_watch *watch;
+
+    if (slot >= XSHM_WATCHES || address >= xs->size + XSHM_PAGE || !is_counter(xs, counter))
+        return false;
+    watch = &xs->control->watch[xs->id][slot];
+    store(&watch->address, (uint64_t)0);
+    store(&watch->counter, counter);
+    store(&watch->address, address + 1);
+    full_fence();                       /* a trigger from here on finds it */
+    return true;
+}
+
+void xshm_unwatch(struct xshm *xs, uint32_t slot)
+{
+    if (slot < XSHM_WATCHES)
+        store(&xs->control->watch[xs->id][slot].address, (uint64_t)0);
+}
+
+/* Takes one off, unless nothing is left; whether that made it 0. */
+static bool is_due(const struct xshm *xs, uint64_t counter)
+{
+    uint32_t *word = (uint32_t *)(void *)(xs->base + counter);
+    uint32_t left = __atomic_load_n(word, __ATOMIC_RELAXED);
+
+    while (left)
+        if (__atomic_compare_exchange_n(word, &left, left - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+            return left == 1;
+    return false;
+}
+
+uint32_t xshm_trigger(struct xshm *xs, uint64_t address)
+{
+    uint32_t woken = 0, peer, slot;
+
+    full_fence();
+    for (peer = 0; peer <= XSHM_MAX_PEERS; peer++) {
+        bool due = false;
+
+        for (slot = 0; slot < XSHM_WATCHES; slot++) {
+            struct xshm_watch *watch = &xs->control->watch[peer][slot];
+            uint64_t counter;
+
+            if (load(&watch->address) != address + 1)
+                continue;
+            counter = load(&watch->counter);            /* once: it may change any time */
+            due |= counter == 0 || (is_counter(xs, counter) && is_due(xs, counter));
+        }
+        if (!due)
+            continue;
+        woken++;
+        xshm_ring(xs, peer);
+    }
+    return woken;
+}
+
+/* ---- a ring of messages ---- */
+
+/* A message is a word that says how long it is, and its bytes, in whole words: none is ever cut. */
+#define WORD 8u
+#define WORDS_OF(nr_bytes) (WORD + (((nr_bytes) + WORD - 1) & ~(WORD - 1)))
+
+bool xshm_ring_open(struct xshm_ring *ring, const struct xshm *xs, uint64_t at, uint32_t size,
+                    bool writer, bool fresh)
+{
+    if (size < 64 || (size & (size - 1)) || at % 64 || at > xs->size ||
+        xs->size - at < sizeof(*ring->header) + size)
+        return false;
+    ring->header = (struct xshm_ring_header *)(void *)(xs->base + at);
+    ring->bytes = xs->base + at + sizeof(*ring->header);
+    ring->size = size;
+    if (fresh && writer) {
+        store(&ring->header->read, 0u);
+        store(&ring->header->written, 0u);
+    }
+    ring->mine = load(writer ? &ring->header->written : &ring->header->read) & ~(WORD - 1);
+    return true;
+}
+
+/* Indexes go on and on; only their lowest bits say where. */
+static uint64_t *word_at(const struct xshm_ring *ring, uint32_t at)
+{
+    return (uint64_t *)(void *)(ring->bytes + (at & (ring->size - WORD)));
+}
+
+/* Up to a word's bytes of a message, wherever that lies; there may be no memcpy to call. */
+static uint64_t word_from(const uint8_t *from, uint32_t nr_bytes)
+{
+    uint64_t word = 0;
+
+    if (nr_bytes >= WORD)
+        __builtin_memcpy(&word, from, WORD);
+    else
+        while (nr_bytes--)
+            word = word << 8 | from[nr_bytes];
+    return word;
+}
+
+static void word_to(uint8_t *to, uint64_t word, uint32_t nr_bytes)
+{
+    if (nr_bytes >= WORD)
+        __builtin_memcpy(to, &word, WORD);
+    else
+        for (; nr_bytes; nr_bytes--, word >>= 8)
+            *to++ = (uint8_t)word;
+}
+
+bool xshm_ring_put(struct xshm_ring *ring, const void *message, uint32_t nr_bytes)
+{
+    uint32_t used = ring->mine - load(&ring->header->read), at = ring->mine, left = nr_bytes;
+    const uint8_t *from = message;
+
+    if (nr_bytes == 0 || nr_bytes > ring->size / 2 || used > ring->size ||
+        ring->size - used < WORDS_OF(nr_bytes))
+        return false;
+    *word_at(ring, at) = nr_bytes;
+    for (at += WORD; left; at += WORD) {
+        *word_at(ring, at) = word_from(from, left);
+        from += WORD, left -= left < WORD ? left : WORD;
+    }
+    ring->mine = at;
+    store(&ring->header->written, at);
+    return true;
+}
+
+int32_t xshm_ring_get(struct xshm_ring *ring, void *message, uint32_t room)
+{
+    uint32_t written = load(&ring->header->written), used = written - ring->mine;
+    uint32_t at = ring->mine, left, nr_bytes;
+    uint8_t *to = message;
+    uint64_t length;
+
+    if (used == 0)
+        return 0;
+    length = *(volatile uint64_t *)word_at(ring, at);
+    if (used > ring->size || used % WORD || length == 0 || length > ring->size / 2 ||
+        length > room || WORDS_OF(length) > used) {
+        ring->mine = written & ~(WORD - 1);     /* what else is there cannot be told apart */
+        store(&ring->header->read, ring->mine);
+        return -1;
+    }
+    left = nr_bytes = (uint32_t)length;
+    for (at += WORD; left; at += WORD) {
+        word_to(to, *word_at(ring, at), left);
+        to += WORD, left -= left < WORD ? left : WORD;
+    }
+    ring->mine = at;
+    store(&ring->header->read, at);
+    return (int32_t)nr_bytes;
+}
