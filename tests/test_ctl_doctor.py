@@ -41,6 +41,7 @@ class Box:
             store.bind(str(self.root / "run/xenstored/socket"))
         (self.package / "xen").mkdir(parents=True)
         self.binding("_stable.abi3.so", b"\x7fELF libxencall.so.1\0")
+        self.binding("_evtchn.abi3.so", b"\x7fELF libxenevtchn.so.1\0")
         self.binding("_xenctrl.abi3.so", b"\x7fELF\0libxenctrl.so.4.20\0")
         self.programs.mkdir()
         self.program("xl", "#!/bin/sh\n")
@@ -129,7 +130,11 @@ def test_a_device_one_may_not_use(box: Box, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [("_stable", "_stable is not built"), ("_xenctrl", "_xenctrl is not built")],
+    [
+        ("_stable", "_stable is not built"),
+        ("_evtchn", "_evtchn is not built"),
+        ("_xenctrl", "_xenctrl is not built"),
+    ],
 )
 def test_a_binding_that_is_not_built(box: Box, module: str, words: str) -> None:
     (box.package / "xen" / f"{module}.abi3.so").unlink()

@@ -212,3 +212,53 @@ void do_receive(const struct region *r)
     }
     say("receive messages=%u bad=%u", (uint64_t)ticks, bad);
 }
+
+/* ---- a peer that lies ---- */
+
+static uint32_t any(void)
+{
+    static uint64_t state = 1;
+
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+/* Writes whatever it likes where everybody reads, and rings: that is all a peer can do to others. */
+void do_scribble(const struct region *r)
+{
+    struct xshm *xs = opened(r);
+    uint32_t *control = (uint32_t *)(void *)xs->control, *ring = (uint32_t *)(uintptr_t)(r->start + RING_AT);
+
+    for (uint32_t round = 0; round < ticks; round++) {
+        for (unsigned int n = 0; n < 16; n++) {
+            uint32_t value = any() % 4 ? any() % 8192 : any() << 1;
+
+            set(&control[any() % (PAGE_SIZE / 4)], value);
+            set(&ring[any() % 64], value);
+        }
+        xshm_ring(xs, peer_slot);
+        xshm_ring(xs, XSHM_DOM0);
+    }
+    say("scribbled rounds=%u", (uint64_t)ticks);
+}
+
+/* Does what one does with a peer, whatever that writes: none of it faults or goes on for ever. */
+void do_survive(const struct region *r)
+{
+    struct xshm *xs = opened(r);
+    struct xshm_ring in, out;
+    uint64_t messages = 0;
+
+    if (!xshm_ring_open(&in, xs, RING_AT, RING_SIZE, false, false) ||
+        !xshm_ring_open(&out, xs, RING_AT, RING_SIZE, true, false))
+        give_up("xshm_ring_open", "");
+    for (uint32_t round = 0; round < ticks; round++) {
+        xshm_take(xs);
+        xshm_connect(xs);
+        xshm_trigger(xs, any() % (r->nr_pages * PAGE_SIZE));
+        xshm_is_ready(xs, any() % 32);
+        messages += xshm_ring_get(&in, message, sizeof(message)) > 0;
+        xshm_ring_put(&out, message, message_bytes);
+    }
+    say("survived rounds=%u messages=%u", (uint64_t)ticks, messages);
+}

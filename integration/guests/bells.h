@@ -34,5 +34,7 @@ void do_trigger(const struct region *r);
 void do_triggered(const struct region *r);
 void do_send(const struct region *r);
 void do_receive(const struct region *r);
+void do_scribble(const struct region *r);
+void do_survive(const struct region *r);
 
 #endif

@@ -493,6 +493,8 @@ static const struct verb {
     { "triggered",   do_triggered,   true },
     { "send",        do_send,        true },
     { "receive",     do_receive,     true },
+    { "scribble",    do_scribble,    true },
+    { "survive",     do_survive,     true },
     { "offer",       do_offer,       true },
     { "accept",      do_accept,      true },
     { "reboot-once", do_reboot_once, true },

@@ -120,6 +120,35 @@ def test_a_peer_reboots_and_is_rung_again(host: Host) -> None:
     host.destroy(zero, one)
 
 
+def test_a_peer_that_lies_harms_nobody(host: Host) -> None:
+    """It writes anything into the control page and rings all the while: its peers go on, the
+    daemon answers, and a region that it has nothing to do with does not notice."""
+    zero, one = pair(host, "scribble", "survive", ticks=3_000)
+    two, three = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=300)
+    for guest in (zero, one, two, three):
+        host.create(guest)
+    host.wait_said(one, r"survived rounds=3000 .*")
+    host.wait_said(zero, r"scribbled rounds=3000")
+    host.wait_said(two, r"bell-ping rounds=300 .*")
+    host.wait_said(three, r"bell-pong rounds=300 .*")
+    assert host.ask("call", "Trigger", {"id": region_of(zero), "offsetBytes": 0})["woken"] <= 4
+    host.destroy(zero, one, two, three)
+
+
+def test_dom0_triggers_and_is_triggered(host: Host) -> None:
+    """A client of the daemon wakes a guest that watches, counting down with it."""
+    zero, _ = pair(host, "triggered", "stay", ticks=3)
+    host.create(zero)
+    host.wait_said(zero, "watching left=3")
+    place = {"id": region_of(zero), "offsetBytes": 0x800}
+    woken = [host.ask("call", "Trigger", place)["woken"] for _ in range(4)]
+    assert woken == [0, 0, 1, 0]
+    host.wait_said(zero, "triggered left=0 .*")
+    members = host.region(region_of(zero))["members"]
+    assert [member["peerState"] for member in members] == ["ready"]
+    host.destroy(zero)
+
+
 def test_event_channel_contract_on_real_xen(host: Host) -> None:
     """What the model says of event channels the unit tests believe; here Xen says it."""
     guest = host.guest("still", do="stay")

@@ -26,8 +26,9 @@ from xshmd.config.toml_write import render_toml
 from xshmd.config.xl_command import create_arguments
 from xshmd.engine import intents, records
 from xshmd.errors import ConfigError, ConfigUnreadable, StoreError, UsageError
-from xshmd.model import Arch, AttachRegion, Place, RegionRequest
-from xshmd.units import PAGE_SHIFT
+from xshmd.model import Arch, AttachRegion, PeerState, Place, RegionRequest
+from xshmd.share import control_page
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE
 from xshmd.varlink import idl
 from xshmd.varlink import records as varlink_records
 from xshmd.varlink import wire as varlink_wire
@@ -265,6 +266,24 @@ def request_page(data: bytes) -> None:
         Toy().play_pages(data)
 
 
+def page(data: bytes) -> None:
+    """A control page, which every guest of a region can write."""
+    before = data[:PAGE_SIZE].ljust(PAGE_SIZE, b"\0")
+    size_bytes = 2 * PAGE_SIZE + PAGE_SIZE * (len(data) % 5)
+    for watch in control_page.watches(before, size_bytes):
+        assert 0 <= watch.address < size_bytes
+        assert watch.counter % 4 == 0
+        assert watch.counter + 4 <= size_bytes - PAGE_SIZE
+    rows = {1: control_page.Row(state=PeerState.JOINED, domid=5, ports=(3, 4))}
+    after = bytearray(before)
+    for at, piece in control_page.table(rows, 2, before):
+        assert 0 <= at <= PAGE_SIZE - len(piece)
+        after[at : at + len(piece)] = piece
+    head = control_page.HEADER.unpack_from(after)
+    assert head[:3] == (control_page.MAGIC, control_page.VERSION, 2)
+    assert control_page.DOM0S_WORDS.unpack_from(after, control_page.row_at(1))[:2] == (1, 5)
+
+
 TARGETS: Final = {
     target.name: target
     for target in (
@@ -340,6 +359,14 @@ TARGETS: Final = {
             words=(
                 b"\x01\x04", b"\x16\x48", b"\xff" * 8, b"\0\0\0\0\0\0\0\x80",
                 b"\0\x20\0\0\0\0\0\0", b"\x08\0\0\0\0\0\0\0",
+            ),
+        ),
+        Target(
+            name="page", run=page,
+            words=(
+                control_page.HEADER.pack(control_page.MAGIC, control_page.VERSION, 2, 9),
+                control_page.encode_watch(100), control_page.encode_watch(4095, 64),
+                bytes(64), b"\xff" * 8, b"\1\0\0\0\5\0\0\0",
             ),
         ),
         Target(name="varlink-stream", run=varlink_stream, words=(b"\0", b"{}\0", b"x" * 1024)),

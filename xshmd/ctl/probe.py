@@ -135,7 +135,7 @@ def _xen_version(root: Path) -> Check:
 def _binding(machine: Machine) -> Iterator[Check]:
     topic = "compiled binding"
     build = "install libxen-dev, gcc and python3-cffi and build xshmd again"
-    for module in ("_stable", "_xenctrl"):
+    for module in ("_stable", "_evtchn", "_xenctrl"):
         found = _newest(machine.package / "xen", f"{module}*.so")
         if found is None:
             yield Check(topic, FAILED, f"xshmd/xen/{module} is not built", build)
