@@ -99,5 +99,11 @@ differential:
 	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \
 	integration/scenarios/test_traces.py --arch $(ARCH)
 
+RINGS ?= 1000000
+
+rings:
+	@set -e; py=$(PY); XSHMD_RINGS=$(RINGS) $$py -m pytest -p no:cacheprovider \
+	integration/scenarios/test_doorbells.py -k flood --arch $(ARCH)
+
 clean:
 	rm -rf artefacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

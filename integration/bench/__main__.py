@@ -33,12 +33,18 @@ HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
 PHASES: Final = (
-    "map", "grants", "scatter", "creates", "restarts", "client", "counts", "linux",
+    "map", "grants", "scatter", "bells", "creates", "restarts", "client", "counts", "linux",
 )  # fmt: skip
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
-LIBRARIES: Final = ("xencall", "xenforeignmemory")
+C_PROGRAMS: Final = {
+    "attach_loop": ("xencall", "xenforeignmemory"),
+    "bell_loop": ("xenevtchn",),
+}
+"""What is measured against, and the libraries each needs."""
 
-ALONE: Final = {"grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py"}
+ALONE: Final = {
+    "grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py", "bells": "bells_in_dom0.py",
+}  # fmt: skip
 """Phases with a program of their own."""
 SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
 """Bandwidth of a copy by lists, of memcpy's."""
@@ -46,23 +52,25 @@ SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
 Row = tuple[str, str, str]
 
 
-def build(arch_name: str) -> tuple[bytes, str]:
+def build(arch_name: str) -> tuple[dict[str, bytes], str]:
     """The C side of the benchmark, for this architecture; and which QEMU there is."""
     cache = Cache()
     parts = prepare(arch_name, cache)
     qemu = parts.tools.run([PROGRAMS[arch_name], "--version"], capture=True).splitlines()[0]
     arch, sysroot = parts.arch, get_sysroot(parts.arch, parts.tools, cache)
+    built = {}
     with tempfile.TemporaryDirectory(prefix="xshmd-bench-") as folder:
-        parts.tools.run(
-            [
-                *(arch.gcc, "--sysroot=/rig/sysroot", "-std=gnu11", "-O2", "-Wall", "-Wextra"),
-                *("-Werror", "-o", "/rig/out/attach_loop", "/rig/src/attach_loop.c"),
-                *(f"-l{library}" for library in LIBRARIES),
-            ],
-            binds={Path(folder): "/rig/out", HERE: "/rig/src", sysroot.path: "/rig/sysroot"},
-        )
-        loop = (Path(folder) / "attach_loop").read_bytes()
-    return loop, f"{qemu}, {accelerator(arch)}"
+        for name, libraries in C_PROGRAMS.items():
+            parts.tools.run(
+                [
+                    *(arch.gcc, "--sysroot=/rig/sysroot", "-std=gnu11", "-O2", "-Wall", "-Wextra"),
+                    *("-Werror", "-o", f"/rig/out/{name}", f"/rig/src/{name}.c"),
+                    *(f"-l{library}" for library in libraries),
+                ],
+                binds={Path(folder): "/rig/out", HERE: "/rig/src", sysroot.path: "/rig/sysroot"},
+            )
+            built[name] = (Path(folder) / name).read_bytes()
+    return built, f"{qemu}, {accelerator(arch)}"
 
 
 def measure(
@@ -125,6 +133,9 @@ def report(result: dict[str, Any]) -> list[Row]:
         rows.append(("grant 64 MiB / C", compare(series, "attach", "grant_c"), ""))
         helper = compare(series, "map_helper", "map_c")
         rows.append(("xshm-guest map, 64 MiB / bare gntdev program", helper, ""))
+    if "bells" in result:
+        series, rounds = result["bells"]["series"], result["bells"]["rounds"]
+        rows.append((f"{rounds} rings relayed / C", compare(series, "ours", "bare"), "<= 4"))
     if "creates" in result:
         rows += report_creates(result["creates"]["baremetal"], "bare metal")
     if "linux" in result:
@@ -259,10 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
     file = chosen.artefacts / f"bench-{chosen.arch}.json"
     load, began = os.getloadavg(), time.monotonic()
     try:
-        loop, qemu = build(chosen.arch)
+        programs, qemu = build(chosen.arch)
         result: dict[str, Any] = {"versions": {"arch": chosen.arch, "qemu": qemu}}
         with Machine(chosen.arch, artefacts=keep, time_limit_s=TIME_LIMIT_S) as machine:
-            machine.dom0.put(f"{IN_DOM0}/attach_loop", loop, mode=0o755)
+            for name, data in programs.items():
+                machine.dom0.put(f"{IN_DOM0}/{name}", data, mode=0o755)
             for _ in measure(machine, chosen.phase or list(PHASES), chosen.pairs, result):
                 result["host"] = {
                     "cpus": os.cpu_count(),

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The other side of the doorbell ratio: what libxenevtchn alone does.
+ *
+ *   bell_loop ping           makes two ports and says "ports A B"; each line "go N" rings at A and
+ *                            waits for B, N times: "ok NANOSECONDS"
+ *   bell_loop relay A B      binds both; whatever rings at one rings at the other, until it is killed
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <xenevtchn.h>
+
+static xenevtchn_handle *evtchn;
+
+static int bound(int port)
+{
+    if (port < 0) {
+        perror("event channel");
+        exit(1);
+    }
+    return port;
+}
+
+/* The next port that rang; it may ring again. */
+static int heard(void)
+{
+    int port = bound(xenevtchn_pending(evtchn));
+
+    bound(xenevtchn_unmask(evtchn, (evtchn_port_t)port));
+    return port;
+}
+
+static void relay(int one, int other)
+{
+    int lines[2] = {
+        bound(xenevtchn_bind_interdomain(evtchn, 0, (evtchn_port_t)one)),
+        bound(xenevtchn_bind_interdomain(evtchn, 0, (evtchn_port_t)other)),
+    };
+
+    puts("ready");
+    for (;;)
+        xenevtchn_notify(evtchn, (evtchn_port_t)lines[heard() == lines[0]]);
+}
+
+static void ping(void)
+{
+    int one = bound(xenevtchn_bind_unbound_port(evtchn, 0));
+    int other = bound(xenevtchn_bind_unbound_port(evtchn, 0));
+    struct timespec began, ended;
+    unsigned int rounds;
+
+    printf("ports %d %d\n", one, other);
+    while (scanf(" go %u", &rounds) == 1) {
+        clock_gettime(CLOCK_MONOTONIC, &began);
+        for (unsigned int n = 0; n < rounds; n++) {
+            xenevtchn_notify(evtchn, (evtchn_port_t)one);
+            while (heard() != other)
+                ;
+        }
+        clock_gettime(CLOCK_MONOTONIC, &ended);
+        printf("ok %lld\n", (long long)(ended.tv_sec - began.tv_sec) * 1000000000 +
+                                (ended.tv_nsec - began.tv_nsec));
+    }
+}
+
+int main(int argc, char **argv)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    evtchn = xenevtchn_open(NULL, 0);
+    if (!evtchn) {
+        perror("/dev/xen/evtchn");
+        return 1;
+    }
+    if (argc == 4 && !strcmp(argv[1], "relay"))
+        relay(atoi(argv[2]), atoi(argv[3]));
+    else if (argc == 2 && !strcmp(argv[1], "ping"))
+        ping();
+    return 2;
+}
