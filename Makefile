@@ -63,6 +63,11 @@ ATTACK_SECONDS ?= 10
 attack:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m attack --seconds $(ATTACK_SECONDS)
 
+# A hostile front-end, counted: what it may not do is in tests/fuzz/vhost_user.py.
+MESSAGES ?= 10000000
+fuzz-vhost-user:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m fuzz.vhost_user --messages $(MESSAGES)
+
 mutants:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants
 

@@ -7,9 +7,13 @@ how many.  Whatever it is, not one descriptor may be left, and no frame mapped t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from fakes.xen_devices import XenDevices
@@ -33,8 +37,8 @@ from xshmd.xen.windows import Window
 PAGE: Final = 4096
 AT: Final = 0x3A000000
 HOLDER: Final = DomId(5)
-_NOT_READ: Final = 16
-"""Messages of one input: more of the same finds nothing more."""
+MAX_MESSAGES: Final = 64
+"""Of one input."""
 
 
 class _Echo:
@@ -69,6 +73,8 @@ class _World:
         return os.dup(kinds[kind % len(kinds)])
 
 
+handled = [0]
+"""How many messages there have been so far."""
 _made: list[_World] = []
 
 
@@ -101,7 +107,7 @@ def vhost_user(data: bytes) -> None:
 
 def _converse(data: bytes, session: Session, inbox: Inbox, open_fd: Callable[[int], int]) -> None:
     at = 0
-    for _ in range(_NOT_READ):
+    for _ in range(MAX_MESSAGES):
         if at + 1 >= len(data):
             return
         control = data[at]
@@ -115,6 +121,7 @@ def _converse(data: bytes, session: Session, inbox: Inbox, open_fd: Callable[[in
             fds = []
         if message is None:
             return
+        handled[0] += 1
         reply = session.handle(message)
         if reply is not None:
             wire.decode_header(wire.encode(reply)[: wire.HEADER.size])
@@ -145,3 +152,44 @@ def virtqueue(data: bytes) -> None:
         assert session.process(0) <= 8
     session.close()
     assert _next_fd() == before, "a descriptor is left"
+
+
+def main() -> int:
+    """``make fuzz-vhost-user``: as many messages as asked, and what became of them."""
+    from fuzz.mutate import mutated
+    from fuzz.targets import TARGETS
+
+    parser = argparse.ArgumentParser(prog="fuzz.vhost_user", description=main.__doc__)
+    parser.add_argument("--messages", type=int, default=10_000_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first input")
+    options = parser.parse_args()
+    target = TARGETS["vhost-user"]
+    corpus = target.corpus()
+    vhost_user(b"")
+    fds, mapped, began = len(os.listdir("/proc/self/fd")), _mapped_kib(), time.monotonic()
+    seed = options.seed
+    while handled[0] < options.messages:
+        try:
+            vhost_user(mutated(corpus, target.words, seed))
+        except BaseException as problem:
+            problem.add_note(f"seed {seed}")
+            raise
+        seed += 1
+    print(
+        f"{handled[0]} messages on {seed - options.seed} connections in "
+        f"{time.monotonic() - began:.0f} s; file descriptors: {fds} before, "
+        f"{len(os.listdir('/proc/self/fd'))} after; mapped: {mapped} KiB before, "
+        f"{_mapped_kib()} KiB after"
+    )
+    return 0
+
+
+def _mapped_kib() -> int:
+    """How much of the devices' memory is mapped here."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = (line.split()[0].split("-") for line in lines if "/memfd:" in line)
+    return sum(int(end, 16) - int(start, 16) for start, end in spans) >> 10
+
+
+if __name__ == "__main__":
+    sys.exit(main())
