@@ -16,13 +16,13 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar, cast
 
 import trio
-from fakes.hypervisor import READ_ONLY
+from fakes import hypervisor, keeper
 from fakes.world import Daemon, Life, World, world
 from trio.testing import MockClock
 
 from xshmd.errors import Conflict, NoSuchRegion, StoreLost, XshmError
 from xshmd.model import Arch, Change, Guest
-from xshmd.ports import CreationLock, HeldLock, Hypervisor, Store
+from xshmd.ports import CreationLock, HeldLock, Hypervisor, Keeper, Store
 from xshmd.units import DomId
 
 T = TypeVar("T")
@@ -93,10 +93,13 @@ class Guard:
         self.check()
 
 
-class CutXen:
-    """A Hypervisor for one life."""
+READ_ONLY: Final = hypervisor.READ_ONLY | keeper.READ_ONLY
 
-    def __init__(self, xen: Hypervisor, guard: Guard) -> None:
+
+class CutXen:
+    """A Hypervisor or a Keeper for one life."""
+
+    def __init__(self, xen: Hypervisor | Keeper, guard: Guard) -> None:
         self._xen, self._guard = xen, guard
 
     def __getattr__(self, kind: str) -> Any:
@@ -229,6 +232,7 @@ class Lives:
             def wrap(life: Life, guard: Guard = guard) -> Life:
                 return Life(
                     xen=cast(Hypervisor, CutXen(life.xen, guard)),
+                    keeper=cast(Keeper, CutXen(life.keeper, guard)),
                     store=cast(Store, CutStore(life.store, guard)),
                     locks=CutLocks(life.locks, guard),
                 )

@@ -22,7 +22,7 @@ from trio.testing import MockClock
 
 from xshmd.errors import StoreError, StoreLost, StoreTimedOut, XshmError
 from xshmd.model import Arch
-from xshmd.ports import Hypervisor, Store
+from xshmd.ports import Hypervisor, Keeper, Store
 from xshmd.xen.errno_table import failure
 
 CHANGES: Final = (errno.ENOMEM, errno.EINVAL, errno.EPERM, errno.EBUSY)
@@ -98,6 +98,7 @@ class Faults:
     def wrap(self, life: Life) -> Life:
         return Life(
             xen=cast(Hypervisor, _FaultyXen(life.xen, self)),
+            keeper=cast(Keeper, _FaultyXen(life.keeper, self)),
             store=cast(Store, _FaultyStore(life.store, self)),
             locks=life.locks,
         )
@@ -115,7 +116,7 @@ def _asker() -> tuple[str, int]:
 
 
 class _FaultyXen:
-    def __init__(self, xen: Hypervisor, faults: Faults) -> None:
+    def __init__(self, xen: Hypervisor | Keeper, faults: Faults) -> None:
         self._xen, self._faults = xen, faults
 
     def __getattr__(self, kind: str) -> Any:

@@ -130,7 +130,8 @@ def test_the_catalog_names_fields_that_there_are() -> None:
     """A misspelt @FIELD@ would be shown to the admin as it is."""
     with capture_logs() as entries:
         audit.record(JOINED)
-    written = {f"XSHM_{key.upper()}" for key in entries[0]}
+        audit.record(Event(kind=EventKind.GROUP_PAUSED, pause_us=1))
+    written = {f"XSHM_{key.upper()}" for entry in entries for key in entry}
     written |= {"XSHM_REQUEST", "XSHM_OUTCOME", "XSHM_CLIENT_UID", "XSHM_CLIENT_PID", "XSHM_LOST"}
     written |= {"XSHM_PROCESS", "XSHM_USER"}
     assert set(re.findall(r"@(\w+)@", CATALOG.read_text())) <= written

@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "vhost_user": WORDS | {"xen"},
     "ctl": WORDS | {"", "config", "policy", "varlink", "vhost_user", "xen"},
     "client": WORDS | {"varlink", "xen"},
-    "daemon": WORDS | {"", "ports", "policy", "config", "engine", "xen", "share", "varlink"},
+    "keeper": WORDS | {"", "ports", "xen"},
+    "daemon": WORDS
+    | {"", "ports", "policy", "config", "engine", "xen", "share", "keeper", "varlink"},
 }
 """``""`` is ``xshmd/__init__.py``.  What is in neither column does not belong in the package."""
 ONLY: dict[tuple[str, str], set[str]] = {

@@ -122,6 +122,7 @@ async def test_a_region_says_where_everything_is(api: FakeRegions) -> None:
         "leases": [],
         "pieces": None,
         "stillMappedBy": None,
+        "pauseMicroseconds": None,
     }
 
 

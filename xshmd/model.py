@@ -167,6 +167,12 @@ class RegionTerms:
     """How many peers can ring each other, and dom0; its last page is then the control page."""
     doorbell_route: DoorbellRoute = DoorbellRoute.AUTO
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether its pages are a holder's and in no holder's p2m while a member runs."""
+        ours = self.backing is Backing.HOLDER and self.transport is Transport.PHYSMAP
+        return ours and self.isolation is Isolation.SEALED
+
 
 USUAL_TERMS: Final = RegionTerms()
 
@@ -373,6 +379,10 @@ class Region:
     pieces: tuple[Piece, ...] = ()
     """Where its frames are if its members map grants: one grant table may be too small for all.
     The first of them is what ``holder_uuid`` and ``holder_first_gfn`` say."""
+    kept: str = ""
+    """The name by which the keeper has a sealed region's pages; empty before they are made."""
+    pause_us: int = 0
+    """For how long a sealed region's group last stood still for it, in microseconds."""
 
     @property
     def size_bytes(self) -> int:
@@ -611,6 +621,10 @@ class EventKind(enum.StrEnum):
     HOLDER_DESTROYED = "holder-destroyed"
     HOLDER_LOST = "holder-lost"
     """Somebody else destroyed it: its regions are lost."""
+    HOLDER_SUSPECT = "holder-suspect"
+    """It is not as it was left, by a member's doing mostly."""
+    GROUP_PAUSED = "group-paused"
+    """The guests of a sealed group stood still while regions were put on fresh pages."""
     RELOADED = "reloaded"
     """The configuration was read again; what changed comes as events of its own before."""
     LEASE_BEGAN = "lease-began"
@@ -637,6 +651,8 @@ class Event:
     """For LEASE_BEGAN and LEASE_ENDED."""
     rules: tuple[str, ...] = ()
     """For GUEST_REFUSED: the names of the rules that are broken."""
+    pause_us: int = 0
+    """For GROUP_PAUSED: for how long, in microseconds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

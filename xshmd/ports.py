@@ -56,6 +56,10 @@ class PageMap(Protocol):
         """
         ...
 
+    def wipe(self) -> None:
+        """Fill all of it with zeros."""
+        ...
+
     def close(self) -> None:
         """Drop the mapping; may be called again without harm."""
         ...
@@ -122,6 +126,10 @@ class Hypervisor(Protocol):
 
     def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
         """Overwrite the frames with zeros and make that visible to uncached readers."""
+        ...
+
+    def flush(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        """Make what dom0 wrote to the frames visible to uncached readers; x86 has none."""
         ...
 
     def map_foreign(
@@ -305,6 +313,41 @@ class EventChannels(Protocol):
 
     async def heard(self) -> tuple[int, ...]:
         """Wait for rings that are not passed on; return their lines, each but once."""
+        ...
+
+
+class Keeper(Protocol):
+    """Keeps dom0's mappings of sealed pages for longer than any life of the daemon.
+
+    A sealed page is in no p2m but its members', where dom0 cannot map it: on Arm and in a PVH dom0
+    Xen refuses frames that are foreign themselves (xen/arch/arm/mm.c, xenmem_add_to_physmap_one();
+    xen/arch/x86/mm/p2m.c, p2m_add_foreign()), and when all members reboot it would be freed.  So a
+    mapping made before the seal is the only way to it.
+
+    Synchronous.  Every call but ``drop`` raises Conflict if there is no keeper.
+    """
+
+    def kept(self) -> Mapping[str, int]:
+        """Return how many frames are kept under each name."""
+        ...
+
+    def keep(self, name: str, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        """Map frames and keep them under a name, after those that are kept under it already."""
+        ...
+
+    def copy(self, name: str, source: str, first_frame: int, nr_frames: int) -> None:
+        """Copy frames of what is kept as ``source`` to the same frames of what is kept here."""
+        ...
+
+    def read(self, name: str, offset_bytes: int, nr_bytes: int) -> bytes: ...
+
+    def write(self, name: str, offset_bytes: int, data: bytes) -> None: ...
+
+    def drop(self, name: str, *, wipe: bool) -> None:
+        """Let go of what is kept under a name, wiped first if so said; without harm if nothing is.
+
+        Wiping is for pages that nobody else has: a living domain's go back to Xen as they are.
+        """
         ...
 
 

@@ -64,6 +64,11 @@ class XenStore:
         return [json.loads(text) for text in texts if text]
 
 
+def is_window_in(store: XenStore, phase: str) -> bool:
+    """Whether a sealed group stands still for a change that has come to this phase."""
+    return any(window["phase"] == phase for window in store.documents("/xshmd/windows"))
+
+
 # The moments of a guest's way through the gate, and of a set of changes to guests, as the daemon's
 # own journal shows them.
 MOMENTS: dict[str, Callable[[XenStore], bool]] = {
@@ -80,6 +85,9 @@ MOMENTS: dict[str, Callable[[XenStore], bool]] = {
         for change in store.children("/xshmd/changes")
         for part in store.documents(f"/xshmd/changes/{change}")
     ),
+    "window-preparing": lambda store: is_window_in(store, "preparing"),
+    "window-swapping": lambda store: is_window_in(store, "swapping"),
+    "window-sealing": lambda store: is_window_in(store, "sealing"),
     "published": lambda store: any(
         store.children(f"/local/domain/{guest['domid']}/xshm")
         for guest in store.documents("/xshmd/guests")

@@ -123,6 +123,7 @@ def booted(arch: str, name: str, **unusual: Any) -> Iterator[Host]:
     with Machine(arch, artefacts=folder, time_limit_s=SESSION_LIMIT_S, **unusual) as machine:
         machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
         host = Host(machine)
+        host.start_keeper()
         host.start_daemon()
         _warm_up(host)
         try:

@@ -31,6 +31,7 @@ SETTLE_S = 60.0
 GRACE_S = 30
 """How long the daemon under test waits for a guest that rebooted."""
 SOCKET = "/run/xshmd/io.xshmd.Regions"
+KEEPER_SOCKET = "/run/xshmd-keeper/socket"
 ETC = "/etc/xen"
 CONFIGS = "/srv/guests"
 
@@ -79,6 +80,7 @@ class Host:
         self._log = bytearray()
         self._log_file = (self.artefacts / "xshmd.log").open("wb")
         self._daemon: Running | None = None
+        self._keeper: Running | None = None
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._partial = bytearray()
@@ -353,6 +355,14 @@ class Host:
         self._daemon = self.dom0.spawn(words, on_output=self._logged)
         if wait:
             self.wait_log(r"^<6>ready ", since)
+
+    def start_keeper(self) -> None:
+        """Start xshmd-keeper, which then runs as long as the machine does."""
+        self._keeper = self.dom0.spawn(["xshmd-keeper"], on_output=self._logged)
+        self.wait(
+            lambda: not self.dom0.run(["test", "-S", KEEPER_SOCKET], check=False).status,
+            "the keeper listens",
+        )
 
     def stop_daemon(self, number: int = signal.SIGTERM) -> Completed:
         """Signal the daemon and wait for its end."""

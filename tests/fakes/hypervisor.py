@@ -322,6 +322,10 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
             for page in self._mappable(domid, first_gfn, nr_frames):
                 page.wipe()
 
+    def flush(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        with self._call("flush", domid, first_gfn, nr_frames):
+            self._domain(domid, "xc_domain_cacheflush")
+
     def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
         call = "xenforeignmemory_map"
         domain = self._domain(domid, call)

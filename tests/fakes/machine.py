@@ -91,6 +91,11 @@ class SimulatedMap:
         self.write(offset_bytes, (left - 1).to_bytes(4, "little"))
         return left - 1
 
+    def wipe(self) -> None:
+        """Fill it with zeros."""
+        for page in self._pages:
+            page.wipe()
+
     def close(self) -> None:
         pages, self._pages = self._pages, ()
         if pages:

@@ -18,6 +18,7 @@ import trio
 
 from fakes.event_channels import SimulatedEventChannels
 from fakes.hypervisor import SimulatedXen
+from fakes.keeper import FakeKeeper
 from fakes.objects import Page
 from fakes.toolstack import DaemonLocks, FakeLocks, FakeToolstack, Made
 from fakes.xenstored import FakeXenstored, fake_xenstored
@@ -39,13 +40,13 @@ from xshmd.model import (
     Role,
 )
 from xshmd.policy.identity import is_holder_uuid
-from xshmd.ports import CreationLock, Hypervisor, Store
+from xshmd.ports import CreationLock, Hypervisor, Keeper, Store
 from xshmd.units import DomId, Gfn
 from xshmd.xen.store import open_store
 
 T = TypeVar("T")
 RECORD_ROOTS = tuple(
-    f"/xshmd/{kind}" for kind in ("holders", "regions", "guests", "leases", "changes")
+    f"/xshmd/{kind}" for kind in ("holders", "regions", "guests", "leases", "changes", "windows")
 )
 PATIENCE_S = 120.0
 """Of the test's clock, not of anybody's time."""
@@ -128,6 +129,7 @@ class Life:
     """What one life of the daemon has hold of; all of it goes when it dies."""
 
     xen: Hypervisor
+    keeper: Keeper
     store: Store
     locks: CreationLock
 
@@ -161,10 +163,11 @@ class Daemon:
             with self.scope:
                 async with open_store(str(world.server.path)) as store:
                     self.store = store
-                    life = self._wrap(Life(world.xen, store, locks))
+                    life = self._wrap(Life(world.xen, world.keeper, store, locks))
                     self._engine = Reconciler(
-                        xen=life.xen, store=life.store, finder=world.finder, locks=life.locks,
-                        clock=world.clock, processes=world.processes, options=self._options,
+                        xen=life.xen, keeper=life.keeper, store=life.store,
+                        finder=world.finder, locks=life.locks, clock=world.clock,
+                        processes=world.processes, options=self._options,
                         channels=world.channels,
                     )  # fmt: skip
                     async with trio.open_nursery() as nursery:
@@ -176,7 +179,7 @@ class Daemon:
                 world.escaped = escaped
                 raise
         finally:
-            for mapping in world.xen.open_maps - maps_before:
+            for mapping in world.xen.open_maps - maps_before - world.keeper.maps:
                 mapping.close()
             locks.die()
             world.channels.die()
@@ -207,6 +210,7 @@ class World:
         self.xen, self.server = xen, server
         self.channels = SimulatedEventChannels(xen)
         self.channels.taken_at_birth = 2
+        self.keeper = FakeKeeper(xen)
         self.locks = FakeLocks()
         self.tools = FakeToolstack(xen, server, self.locks)
         self.finder = FakeFinder()

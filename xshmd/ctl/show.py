@@ -45,6 +45,7 @@ def _print_region(region: dict[str, Any]) -> None:
         ("Ready", "yes" if region["ready"] else "no, its memory is being prepared"),
         *_holders(region),
         *_terms(region.get("terms") or {}),
+        *_pause(region),
     ]
     members = [_member(member) for member in region["members"]]
     members += [_lease(lease) for lease in region.get("leases") or ()]
@@ -86,6 +87,15 @@ def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
 def _holders(region: dict[str, Any]) -> list[tuple[str, str]]:
     pieces = region.get("pieces") or [region]
     return [("" if at else "Holder", _holder(piece)) for at, piece in enumerate(pieces)]
+
+
+def _pause(region: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return for how long a sealed region's group last stood still for it."""
+    pause_us = region.get("pauseMicroseconds")
+    if not pause_us:
+        return []
+    per_mib = pause_us / 1000 / max(region["sizeBytes"] / (1 << 20), 1)
+    return [("Last pause", f"{pause_us / 1000:.3g} ms, {per_mib:.3g} ms a MiB")]
 
 
 def _holder(region: dict[str, Any]) -> str:

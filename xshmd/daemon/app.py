@@ -27,6 +27,7 @@ from xshmd.daemon.service import dispatcher
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XenUnavailable, XshmError
+from xshmd.keeper.client import KeeperClient
 from xshmd.share.mediator import Mediator
 from xshmd.share.scatter import Scatter
 from xshmd.varlink import server
@@ -72,6 +73,7 @@ async def run(settings: Settings) -> None:
         async with open_store() as store:
             engine = Reconciler(
                 xen=xen,
+                keeper=KeeperClient(),
                 store=store,
                 finder=Finder(arch=host.arch, on_skip=_say_skipped),
                 locks=LibxlCreationLock(),

@@ -63,6 +63,10 @@ KINDS: Final[Mapping[EventKind, Kind]] = MappingProxyType(
         EventKind.HOLDER_CREATED: Kind("fc4f8839f160416d804dbb3b5d496426", "holder created"),
         EventKind.HOLDER_DESTROYED: Kind("0c4613f0b8c04e3a9d708e12dcae5f8a", "holder destroyed"),
         EventKind.HOLDER_LOST: Kind("d5c05fd7870843e29f4194fd2370f246", "holder lost", failed=True),
+        EventKind.HOLDER_SUSPECT: Kind(
+            "5657025f8cbc407194d554393603fa38", "holder suspect", failed=True
+        ),
+        EventKind.GROUP_PAUSED: Kind("29aad2cf340a47218bef8cb0a4b4bdd9", "group paused"),
         EventKind.RELOADED: Kind("549377b9b7324a12a3fd177c99252b63", "reloaded"),
         EventKind.LEASE_BEGAN: Kind("280b6fe042ae468688226e9c9610bfc2", "memory leased"),
         EventKind.LEASE_ENDED: Kind("8eb8b3bc436548ecb4cdb9c883d75a73", "lease ended"),
@@ -85,6 +89,7 @@ def record(event: Event) -> None:
         }
     facts |= {
         "size_bytes": event.size_bytes or None,
+        "pause_us": event.pause_us or None,
         "holder": event.holder_uuid,
         "rule": list(event.rules) or None,
         "why": event.reason,

@@ -11,10 +11,11 @@ import structlog
 
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
+from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
 from xshmd.model import Backing, Holder, Piece, Region
-from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor
+from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor, Keeper
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
 
 log = structlog.get_logger()
@@ -24,15 +25,27 @@ class Access:
     """dom0's own way into regions.  Used by the reconciler alone."""
 
     def __init__(
-        self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, holders: Holders
+        self,
+        *,
+        xen: Hypervisor,
+        keeper: Keeper,
+        worker: XenWorker,
+        ledger: Ledger,
+        holders: Holders,
+        windows: Windows,
     ) -> None:
         self._xen, self._worker, self._ledger, self._holders = xen, worker, ledger, holders
+        self._keeper, self._windows = keeper, windows
         self._written: tuple[str, int] = ("", 0)
         """Where the last write ended: region and byte."""
 
     async def read(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
         """Do as :meth:`xshmd.ports.RegionsApi.read_region`."""
         spans = self._find(region_id, offset_bytes, nr_bytes)
+        if (region := self._sealed(region_id)) is not None:
+            if not region.kept:
+                return bytes(nr_bytes)
+            return await self._worker.run(self._keeper.read, region.kept, offset_bytes, nr_bytes)
         return b"".join([await self._worker.run(self._read_now, *span) for span in spans])
 
     async def write(
@@ -42,6 +55,9 @@ class Access:
         spans = self._find(region_id, offset_bytes, len(data))
         if dry_run:
             return
+        if self._sealed(region_id) is not None:
+            await self._write_sealed(region_id, offset_bytes, data)
+            spans = []
         done = 0
         for domid, start, nr_bytes in spans:
             await self._worker.run(self._write_now, domid, start, data[done : done + nr_bytes])
@@ -51,6 +67,19 @@ class Access:
         say = log.debug if self._written == (region_id, offset_bytes) else log.info
         say("region written", region=region_id, offset_bytes=offset_bytes, nr_bytes=len(data))
         self._written = (region_id, offset_bytes + len(data))
+
+    def _sealed(self, region_id: str) -> Region | None:
+        """Return the region if it is one that only the keeper can reach."""
+        region = self._ledger.region(region_id)
+        return region if region is not None and region.terms.is_sealed else None
+
+    async def _write_sealed(self, region_id: str, offset_bytes: int, data: bytes) -> None:
+        region = self._sealed(region_id)
+        if region is not None and not region.kept:  # nobody has had it yet
+            await self._windows.renew(region.holder_uuid, [region_id], reason="written")
+            region = self._sealed(region_id)
+        if region is not None:
+            await self._worker.run(self._keeper.write, region.kept, offset_bytes, data)
 
     def _find(
         self, region_id: str, offset_bytes: int, nr_bytes: int
@@ -92,6 +121,12 @@ def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region,
         NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be had this way.
     """
     region, parts = reachable_parts(ledger, holders, region_id)
+    if region.terms.is_sealed:
+        raise Refused(
+            f"region {region_id} is sealed: its memory is not to be mapped in dom0",
+            hint="read and write it with `xshmctl dump` and `xshmctl load`",
+            id=region_id,
+        )
     if len(parts) > 1:
         raise Refused(
             f"region {region_id} is in {len(parts)} holders: one grant table is too small for it",

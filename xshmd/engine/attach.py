@@ -29,9 +29,12 @@ class Mapping:
 
     request: RegionRequest
     holder_gfn: Gfn
-    """The first of them in the holder; with the host backing it says nothing."""
+    """The first of them in the holder; with the host backing it says nothing, and a sealed region
+    is in the holder, at frames of its own, only while a window is open."""
     host_mfn: Mfn | None = None
     """The first of them on the machine, with the host backing; otherwise None."""
+    is_sealed: bool = False
+    """Whether the region is sealed: :mod:`xshmd.engine.windows` maps it."""
 
 
 def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
@@ -64,11 +67,26 @@ def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
 def _mapping(request: RegionRequest, region: Region) -> Mapping:
     holder_gfn = Gfn(region.holder_first_gfn + request.offset_frames)
     if region.terms.backing is Backing.HOLDER:
-        return Mapping(request=request, holder_gfn=holder_gfn)
+        sealed = region.terms.is_sealed
+        return Mapping(request=request, holder_gfn=holder_gfn, is_sealed=sealed)
     if region.terms.host_first_mfn is None:
         raise AssertionError(f"region {region.region_id} is the host's and nowhere there")
     host_mfn = Mfn(region.terms.host_first_mfn + request.offset_frames)
     return Mapping(request=request, holder_gfn=holder_gfn, host_mfn=host_mfn)
+
+
+def of_sealed(guest: Guest, regions: Iterable[Region]) -> tuple[Mapping, ...]:
+    """Return what a guest has or is to have of sealed regions of its holder."""
+    sealed = {
+        region.region_id: region
+        for region in regions
+        if region.terms.is_sealed and region.holder_uuid == guest.holder_uuid
+    }
+    return tuple(
+        _mapping(request, sealed[request.region_id])
+        for request in guest.requests
+        if request.region_id in sealed
+    )
 
 
 Span = tuple[Gfn, int]
@@ -280,3 +298,27 @@ def detach(
             xen.unmap(guest.domid, request.first_gfn, request.nr_frames)
         else:
             _unmap(xen, guest, _mapping(request, region))
+
+
+def remap(xen: Hypervisor, guest: Guest, holder: Holder, wanted: Iterable[Mapping]) -> None:
+    """Give a guest that stands still other pages where it has these requests; may be done again.
+
+    Raises:
+        DomainGone: the guest ended meanwhile.
+        HypercallFailed: it is not done, or not all of it.
+    """
+    for mapping in wanted:
+        _verify_guest(xen, guest, (mapping,))
+        _unmap(xen, guest, mapping)
+        _map(xen, guest, holder, mapping)
+
+
+def clear(xen: Hypervisor, guest: Guest, spans: Iterable[Span]) -> None:
+    """Unmap whatever a guest that stands still has at these frames.
+
+    Raises:
+        DomainGone: the guest ended meanwhile.
+    """
+    for first_gfn, nr_frames in spans:
+        _verify_guest(xen, guest, ())
+        xen.unmap(guest.domid, first_gfn, nr_frames)

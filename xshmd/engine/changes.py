@@ -25,6 +25,7 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import LIMIT, pause_count
+from xshmd.engine.windows import Join, Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, TimedOut, XshmError
 from xshmd.model import Guest, GuestState, Region, RegionRequest
@@ -48,9 +49,11 @@ class Changes:
         ledger: Ledger,
         holders: Holders,
         grants: Grants,
+        windows: Windows,
         hub: EventHub,
         doorbells: Doorbells,
     ) -> None:
+        self._windows = windows
         self._xen, self._worker, self._store = xen, worker, store
         self._doorbells = doorbells
         self._ledger, self._holders, self._hub = ledger, holders, hub
@@ -223,11 +226,21 @@ class Changes:
                 intent.id, dataclasses.replace(part, is_mapping=True)
             )
             # Again: its target may be set, and what is there has just been seen to be nothing.
-            await self._worker.run(
-                lambda: attach(
-                    self._xen, guest, holder, wanted, again=True, with_tables=self._tables_of(guest)
+            tables = self._tables_of(guest)
+            if plain := [mapping for mapping in wanted if not mapping.is_sealed]:
+                await self._worker.run(
+                    lambda: attach(self._xen, guest, holder, plain, again=True, with_tables=tables)
                 )
-            )
+            if sealed := [mapping for mapping in wanted if mapping.is_sealed]:
+                await self._windows.renew(
+                    holder.uuid,
+                    (mapping.request.region_id for mapping in sealed),
+                    reason=intent.reason,
+                    join=Join(
+                        guest=guest, wanted=sealed, again=True, with_tables=tables,
+                        pauses=(part.pauses or 0) + 1,
+                    ),
+                )  # fmt: skip
             self._had[guest.generation] |= {span_of(one) for one in requests}
 
     def _tables_of(self, guest: Guest) -> set[Span]:
@@ -253,6 +266,8 @@ class Changes:
             region = self._ledger.region(region_id)
             if region is not None:
                 await self._holders.free_region(region, reason=f"{intent.reason}: undone")
+        given = [one for part in intent.parts if part.is_mapping for one in part.attach]
+        await self._renew_what_was_taken(given, f"{intent.reason}: undone")
         await self._ledger.drop_intent(intent.id)
         log.info("changes undone", reason=intent.reason)
 
@@ -282,6 +297,9 @@ class Changes:
             guest = self._ledger.guest(part.generation)
             if guest is not None and part.detach:
                 await self._take_away(intent, part, guest)
+        lost = [one for part in intent.parts for one in part.detach]
+        kept = [one for one in lost if one.region_id not in intent.removes]
+        await self._renew_what_was_taken(kept, intent.reason)
         for region_id, lifetime in intent.lifetimes:
             region = self._ledger.region(region_id)
             if region is not None:
@@ -339,6 +357,26 @@ class Changes:
             # While it stands still: what it puts there from now on is its own.
             self._ledger.know(without)
             await self._ledger.put_guest(without)
+
+    async def _renew_what_was_taken(self, taken: Iterable[RegionRequest], reason: str) -> None:
+        """Put sealed regions that were taken from guests on fresh pages.
+
+        Unmapped as they are, Xen itself may still write to one for such a guest: to one registered
+        for its vCPUs' times or its event channels (xen/common/domain.c, map_guest_area()).
+        """
+        by_holder: dict[str, list[str]] = {}
+        for region_id in dict.fromkeys(_ids(taken)):
+            region = self._ledger.region(region_id)
+            if region is not None and region.kept:
+                by_holder.setdefault(region.holder_uuid, []).append(region_id)
+        for holder_uuid, region_ids in by_holder.items():
+            try:
+                await self._windows.renew(holder_uuid, region_ids, reason=reason)
+            except StoreTrouble:
+                raise
+            except XshmError as error:
+                # What was asked for is done; this is the thorough end of it.
+                log.error("no fresh pages", regions=region_ids, reason=error.one_line())
 
     def _lives(self, guest: Guest) -> bool:
         return identity.is_still(self._xen, guest.domid, guest.uuid)

@@ -22,7 +22,8 @@ from xshmd.model import NOWHERE, Backing, DomainInfo, Event, EventKind, Holder, 
 from xshmd.policy.host_ranges import check_shareable
 from xshmd.policy.identity import new_holder_uuid
 from xshmd.policy.plan import NewRegion
-from xshmd.ports import Hypervisor, PageMap, Store
+from xshmd.policy.sealing import check_alike
+from xshmd.ports import Hypervisor, Keeper, PageMap, Store
 from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, Mfn, bytes_of, human_size
 
 log = structlog.get_logger()
@@ -71,7 +72,9 @@ class Holders:
         *,
         floor_bytes: int,
         on_created: Callable[[Holder], None],
+        keeper: Keeper,
     ) -> None:
+        self._keeper = keeper
         self._xen, self._worker, self._store, self._ledger = xen, worker, store, ledger
         self._hub = hub
         self._floor_bytes, self._on_created = floor_bytes, on_created
@@ -174,6 +177,9 @@ class Holders:
 
     async def destroy(self, holder: Holder) -> None:
         """Destroy a holder that no live guest targets; Xen scrubs its pages as it frees them."""
+        for region in self._ledger.regions:
+            if region.holder_uuid == holder.uuid:
+                await self._let_go(region)
         anchor = self._anchors.pop(holder.uuid, None)
         await self._worker.run(self._destroy_now, holder, anchor)
         if holder.domid != NO_DOMAIN:
@@ -200,6 +206,7 @@ class Holders:
         for region in self._ledger.regions:
             # One that has frames in others as well is freed there, when it is found to be lost.
             if region.holder_uuids == {holder.uuid}:
+                await self._let_go(region, wipe=False)  # guests that run still have it
                 await self._ledger.drop_region(region.region_id)
         info = self._xen.domain_info(holder.domid)
         if info is None or info.uuid == holder.uuid:
@@ -208,6 +215,11 @@ class Holders:
             await self._remove_nodes(holder)
         await self._ledger.drop_holder(holder.uuid)
         self._say(EventKind.HOLDER_LOST, holder, "destroyed by somebody else")
+
+    async def _let_go(self, region: Region, *, wipe: bool = True) -> None:
+        """Have the pages of a sealed region free once nobody has them."""
+        if region.kept:
+            await self._worker.run(lambda: self._keeper.drop(region.kept, wipe=wipe))
 
     async def _remove_nodes(self, holder: Holder) -> None:
         await self._store.remove(f"/local/domain/{holder.domid}")
@@ -238,6 +250,10 @@ class Holders:
                 f"the holder of region {region_id} is gone", hint="start the guest again"
             )
         self.check_memory(f"region {region_id}", nr_frames)
+        theirs = [one for one in self._ledger.regions if one.holder_uuid == holder.uuid]
+        check_alike([*((one.region_id, one.terms) for one in theirs), (region_id, new.terms)])
+        if new.terms.is_sealed:
+            nr_frames = 0  # they are made in a window
         region = Region(
             region_id=region_id, nr_frames=new.nr_frames, holder_uuid=holder.uuid,
             holder_first_gfn=self.next_gfn(holder), owner=new.owner, owner_came=owner_came,
@@ -289,7 +305,8 @@ class Holders:
             raise Conflict(
                 f"a holder of region {region.region_id} is gone", hint="start the guest again"
             )
-        if region.terms.backing is Backing.HOST:
+        if region.terms.backing is Backing.HOST or region.terms.is_sealed:
+            # The next window of a sealed region takes what is in it along.
             await self._ledger.put_region(dataclasses.replace(region, holder_uuid=holder_uuid))
             return
         self.check_memory(f"region {region.region_id}, for a moment twice,", region.nr_frames)
@@ -365,9 +382,11 @@ class Holders:
 
     async def free_frames(self, region: Region) -> None:
         """Wipe and free whatever there is of a region's frames, and forget it."""
+        await self._let_go(region)
+        in_holder = region.terms.backing is Backing.HOLDER and not region.terms.is_sealed
         for part in region.parts:
             holder = self._ledger.holder(part.holder_uuid)
-            if holder is not None and region.terms.backing is Backing.HOLDER:
+            if holder is not None and in_holder:
                 self.verify(holder)
                 await self._worker.run(
                     self._depopulate_now, holder.domid, part.holder_first_gfn, part.nr_frames

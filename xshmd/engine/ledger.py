@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
-from xshmd.engine import intents, records
+from xshmd.engine import intents, records, window_records
 from xshmd.engine.intents import Intent, Part
+from xshmd.engine.window_records import Window
 from xshmd.errors import StoreError
 from xshmd.model import Guest, Holder, Lease, Region, Snapshot
 from xshmd.ports import Store, StoreTransaction
@@ -32,6 +33,9 @@ class Ledger:
         self._members: dict[str, dict[str, None]] = {}
         """The generations of guests by region: whether a region has any is asked of each, often."""
         self._intents: dict[str, Intent] = {}
+        self._windows: dict[str, Window] = {}
+        self.is_whole = True
+        """Whether every record could be read: otherwise there may be guests that nobody knows."""
         self._doubtful: set[str] = set()
 
     async def load(self) -> tuple[StoreError, ...]:
@@ -45,6 +49,7 @@ class Ledger:
             # What is removed leaves its parent behind.
             await self._store.write(intents.ROOT, "")
             await self._store.write(records.lease_path("").rstrip("/"), "")
+            await self._store.write(window_records.ROOT, "")
         holders, bad_holders = await self._load("holders", records.decode_holder)
         regions, bad_regions = await self._load("regions", records.decode_region)
         guests, bad_guests = await self._load("guests", records.decode_guest)
@@ -55,7 +60,13 @@ class Ledger:
         for guest in guests:
             self._know(guest)
         bad_intents = await self._load_intents()
-        return (*bad_holders, *bad_regions, *bad_guests, *bad_leases, *bad_intents)
+        windows, bad_windows = await self._load("windows", window_records.decode)
+        self._windows = {window.holder_uuid: window for window in windows}
+        bad = (
+            *bad_holders, *bad_regions, *bad_guests, *bad_leases, *bad_intents, *bad_windows,
+        )  # fmt: skip
+        self.is_whole = not bad
+        return bad
 
     async def _load_intents(self) -> list[StoreError]:
         bad: list[StoreError] = []
@@ -120,6 +131,10 @@ class Ledger:
     @property
     def intents(self) -> tuple[Intent, ...]:
         return tuple(self._intents.values())
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        return tuple(self._windows.values())
 
     def intent(self, intent_id: str) -> Intent | None:
         """Return the set of changes with this id, if it is under way."""
@@ -196,6 +211,9 @@ class Ledger:
         self._doubtful.discard(path)
 
     def _text(self, path: str) -> str | None:
+        window = self._windows.get(path.removeprefix(window_records.window_path("")))
+        if window is not None:
+            return window_records.encode(window)
         record = (
             self._holders.get(path.removeprefix(records.holder_path("")))
             or self._regions.get(path.removeprefix(records.region_path("")))
@@ -331,3 +349,17 @@ class Ledger:
         """Forget a set of changes that is over."""
         await self._remove(intents.intent_path(intent_id))
         self._intents.pop(intent_id, None)
+
+    # -- windows --------------------------------------------------------------------------------
+
+    async def put_window(self, window: Window) -> Window:
+        """Record a window, new or a step further."""
+        path = window_records.window_path(window.holder_uuid)
+        await self._write(path, window_records.encode(window))
+        self._windows[window.holder_uuid] = window
+        return window
+
+    async def drop_window(self, holder_uuid: str) -> None:
+        """Forget a window that is closed."""
+        await self._remove(window_records.window_path(holder_uuid))
+        self._windows.pop(holder_uuid, None)

@@ -24,6 +24,7 @@ from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.options import Options
+from xshmd.engine.windows import Join, Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Guest, GuestConfig, GuestState
@@ -64,12 +65,14 @@ class Passage:
         ledger: Ledger,
         holders: Holders,
         grants: Grants,
+        windows: Windows,
         gate: Gate,
         hub: EventHub,
         doorbells: Doorbells,
         options: Options,
     ) -> None:
-        self._grants, self._hub, self._doorbells = grants, hub, doorbells
+        self._grants, self._windows, self._hub = grants, windows, hub
+        self._doorbells = doorbells
         self._xen, self._worker, self._store = xen, worker, store
         self._finder, self._clock = finder, clock
         self._ledger, self._holders, self._gate = ledger, holders, gate
@@ -288,9 +291,17 @@ class Passage:
         guest = await self._ledger.put_guest(
             guest, also=records.published(guest, self._ledger.snapshot())
         )
-        if wanted:
+        sealed = [mapping for mapping in wanted if mapping.is_sealed]
+        if plain := [mapping for mapping in wanted if not mapping.is_sealed]:
             holder = self._holders.having(guest.holder_uuid)
-            await self._worker.run(lambda: attach(self._xen, guest, holder, wanted, again=again))
+            await self._worker.run(lambda: attach(self._xen, guest, holder, plain, again=again))
+        if sealed:
+            await self._windows.renew(
+                guest.holder_uuid,
+                (mapping.request.region_id for mapping in sealed),
+                reason=GUEST_CREATED,
+                join=Join(guest=guest, wanted=sealed, again=again),
+            )
         await self._grants.give(guest, guest.requests)
         provided = self._doorbells.provide(guest)
         if provided != guest:

@@ -35,6 +35,7 @@ from xshmd.engine.options import Options
 from xshmd.engine.passage import Passage
 from xshmd.engine.recovery import recover
 from xshmd.engine.watches import Watches
+from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import (
     ConfigError,
@@ -75,6 +76,7 @@ from xshmd.ports import (
     EventChannels,
     HeldLease,
     Hypervisor,
+    Keeper,
     Processes,
     Store,
 )
@@ -105,6 +107,7 @@ class Reconciler:
         self,
         *,
         xen: Hypervisor,
+        keeper: Keeper,
         store: Store,
         finder: ConfigFinder,
         locks: CreationLock,
@@ -120,6 +123,11 @@ class Reconciler:
         self._holders = holders = Holders(
             xen, self._worker, store, ledger, hub,
             floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
+            keeper=keeper,
+        )  # fmt: skip
+        self._windows = windows = Windows(
+            xen=xen, keeper=keeper, worker=self._worker, ledger=ledger, holders=holders, hub=hub,
+            ceiling_s=options.pause_ceiling_s,
         )  # fmt: skip
         self._doorbells = doorbells = Doorbells(
             channels=channels, xen=xen, ledger=ledger, holders=holders
@@ -131,19 +139,22 @@ class Reconciler:
         )
         self._passage = Passage(
             xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
-            ledger=ledger, holders=holders, grants=grants, gate=gate, hub=hub,
+            ledger=ledger, holders=holders, grants=grants, windows=windows, gate=gate, hub=hub,
             doorbells=doorbells, options=options,
         )  # fmt: skip
         self._changes = Changes(
             xen=xen, worker=self._worker, store=store, ledger=ledger, holders=holders,
-            grants=grants, hub=hub, doorbells=doorbells,
+            grants=grants, windows=windows, hub=hub, doorbells=doorbells,
         )  # fmt: skip
         self._desired = Desired(xen=xen, store=store, finder=finder, ledger=ledger)
-        self._access = Access(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
         self._copies = Copies(xen=xen, worker=self._worker, ledger=ledger, holders=holders)
         self._leases = Leases(
             ledger=ledger, holders=holders, hub=hub, processes=processes, finder=finder
         )
+        self._access = Access(
+            xen=xen, keeper=keeper, worker=self._worker, ledger=ledger, holders=holders,
+            windows=windows,
+        )  # fmt: skip
         self._ends = Ends(
             store=store, clock=clock, ledger=ledger, holders=holders, gate=gate, grants=grants,
             changes=self._changes, leases=self._leases, hub=hub, options=options,
@@ -165,7 +176,7 @@ class Reconciler:
             log.error("record unreadable", reason=unreadable.one_line())
         await recover(
             self._xen, self._worker, self._holders, self._ledger, self._gate, self._grants,
-            self._changes, self._clock,
+            self._windows, self._changes, self._clock,
         )  # fmt: skip
         self._started_at = trio.current_time()
         await self._desired.remember()
@@ -297,8 +308,9 @@ class Reconciler:
         """Compare what the ledger believes with what Xen has, and take every guest a step on."""
         self._look_due = False
         await self._ledger.settle()
+        await self._windows.settle()
         await self._changes.settle()
-        if not self._changes.is_settled:
+        if not (self._windows.is_settled and self._changes.is_settled):
             self._look_in(AGAIN_S)
         domains = self._domains()
         await self._ends.check_holders(domains)
@@ -510,8 +522,9 @@ class Reconciler:
 
     async def _be_settled(self) -> None:
         await self._ledger.settle()
+        await self._windows.settle()
         await self._changes.settle()
-        if self._ledger.intents:
+        if self._ledger.intents or not self._windows.is_settled:
             raise Conflict(
                 "an earlier set of changes is neither undone nor finished yet",
                 hint="the journal of xshmd says why; try again in a moment",

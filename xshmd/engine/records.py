@@ -92,6 +92,8 @@ def encode(record: Holder | Region | Guest | Lease) -> str:
             "terms": _terms_document(record.terms),
             "file": record.from_file,
             "ready": record.ready,
+            "kept": record.kept,
+            "pause": record.pause_us,
         }
         if record.pieces:
             document["pieces"] = [dataclasses.astuple(piece) for piece in record.pieces]
@@ -288,6 +290,8 @@ def decode_region(path: str, text: str) -> Region:
             from_file=document.get("file") is True,
             ready=document["ready"] is True,
             pieces=tuple(_piece(*fields) for fields in document.get("pieces", ())),
+            kept=str(document.get("kept", "")),
+            pause_us=int(document.get("pause", 0)),
         )
     except (KeyError, ValueError, TypeError) as broken:
         raise unreadable(path, repr(broken)) from broken

@@ -19,6 +19,7 @@ from xshmd.engine.grants import Grants
 from xshmd.engine.holders import NO_DOMAIN, Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import pause_count
+from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone
 from xshmd.model import DomainInfo, Guest, GuestState
@@ -35,6 +36,7 @@ async def recover(
     ledger: Ledger,
     gate: Gate,
     grants: Grants,
+    windows: Windows,
     changes: Changes,
     clock: Clock,
 ) -> None:
@@ -45,6 +47,7 @@ async def recover(
     """
     domains = {info.domid: info for info in xen.domains()}
     await _recover_holders(holders, ledger)
+    await windows.recover()  # first: whoever stands still for one may stand still for changes too
     await changes.give_pauses_back()
     await changes.settle()
     await _recover_regions(holders, ledger)

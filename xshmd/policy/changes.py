@@ -44,6 +44,7 @@ from xshmd.policy.identity import is_holder_uuid
 from xshmd.policy.placement import placed
 from xshmd.policy.plan import NewRegion, new_region, systems_region, with_members
 from xshmd.policy.quota_rules import Growth
+from xshmd.policy.sealing import check_alike
 from xshmd.policy.steps import steps_of
 from xshmd.units import DOMID_0, bytes_of
 
@@ -175,6 +176,7 @@ class _Planner:
             self._remove(removal, added)
         creates = self._check(added)
         homes = self._homes(creates)
+        self._check_alike(creates, homes)
         made = {new.region_id for new in creates}
         plan = ChangePlan(
             creates=tuple((new, homes.regions.get(new.region_id, "")) for new in creates),
@@ -391,6 +393,14 @@ class _Planner:
         if member.detach:
             # Everything is mapped before anything is taken away.
             self._broken += overlapping((*member.detach, *member.attach))
+
+    def _check_alike(self, creates: Iterable[NewRegion], homes: Homes) -> None:
+        terms = {region_id: region.terms for region_id, region in self._regions.items()}
+        terms |= {new.region_id: new.terms for new in creates}
+        at = {region_id: region.holder_uuid for region_id, region in self._regions.items()}
+        at |= homes.regions
+        for home in set(at.values()):
+            check_alike((one, terms[one]) for one in sorted(at) if at[one] == home)
 
     def _homes(self, creates: Iterable[NewRegion]) -> Homes:
         links = [

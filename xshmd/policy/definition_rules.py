@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from xshmd.model import (
@@ -15,7 +15,6 @@ from xshmd.model import (
     MAX_REGION_ID_LENGTH,
     Arch,
     Backing,
-    Isolation,
     Lifetime,
     RegionTerms,
     Transport,
@@ -28,14 +27,6 @@ from xshmd.units import MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, human_size
 
 _ID: Final = re.compile(rf"[_a-zA-Z0-9@-]{{1,{MAX_REGION_ID_LENGTH}}}")
 _MAX_FRAMES: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
-
-UNSUPPORTED: Final[Mapping[Transport | Isolation, tuple[str, str]]] = {
-    Isolation.SEALED: (
-        "the members of a share group can reach all of its regions while they run",
-        "leave it out if the members may trust each other, or give no guest two of such regions",
-    ),
-}
-"""Terms that this xshmd cannot keep: why not, and what to say instead."""
 
 
 def bad_id(definition: Definition, said: Said, arch: Arch | None) -> Findings:
@@ -59,20 +50,6 @@ def size_zero(definition: Definition, said: Said, arch: Arch | None) -> Findings
             f"region '{definition.region_id}' has a size of {definition.nr_frames} pages",
             f"say a size of one page or more, and at most {most}",
         )
-
-
-def unsupported_terms(definition: Definition, said: Said, arch: Arch | None) -> Findings:
-    """What cannot be kept is refused, never given weaker than it was written (DESIGN section 2)."""
-    for term in (definition.terms.transport, definition.terms.isolation):
-        if term is not None and term in UNSUPPORTED:
-            why, remedy = UNSUPPORTED[term]
-            yield refused(
-                "unsupported-terms",
-                definition.place,
-                f"region '{definition.region_id}' asks for {_said(term)}, which this xshmd cannot"
-                f" keep: {why}",
-                remedy,
-            )
 
 
 def lifetime_contradiction(definition: Definition, said: Said, arch: Arch | None) -> Findings:
@@ -170,19 +147,18 @@ def doorbells(definition: Definition, said: Said, arch: Arch | None) -> Findings
             f"{what} and a single page, which would be the control page",
             "give it one page more",
         )
-    if terms.backing is Backing.HOST or terms.transport is Transport.GRANT:
+    if terms.backing is Backing.HOST or terms.transport is Transport.GRANT or terms.is_sealed:
         yield refused(
             "doorbells",
             definition.place,
-            f"{what}, and is not memory of a holder that xshmd itself maps into its guests",
-            "leave doorbells, backing=host or transport=grant out",
+            f"{what}, and is not memory of a holder that xshmd can always reach",
+            "leave doorbells, or backing=host, transport=grant or isolation=sealed out",
         )
 
 
 DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...] = (
     bad_id,
     size_zero,
-    unsupported_terms,
     *grant_rules.DEFINITION_RULES,
     lifetime_contradiction,
     other_cache_policy,
@@ -191,10 +167,6 @@ DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...
     defined_twice,
     doorbells,
 )
-
-
-def _said(term: Transport | Isolation) -> str:
-    return f"{'transport' if isinstance(term, Transport) else 'isolation'}={term}"
 
 
 def _backing_text(terms: RegionTerms) -> str:

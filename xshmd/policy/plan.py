@@ -34,6 +34,7 @@ from xshmd.policy.grouping import choose_holder, movable_regions
 from xshmd.policy.holdings import Holdings
 from xshmd.policy.placement import placed
 from xshmd.policy.quota_rules import Growth
+from xshmd.policy.sealing import check_alike
 from xshmd.units import PAGE_SIZE
 
 
@@ -141,18 +142,22 @@ def plan_guest(
         ],
         guests=guests,
     )
+    holder_uuid = holder_uuid or next(iter(movable.values()), None)
+    new_regions = tuple(
+        with_members(
+            new_region(request, config.name, said_elsewhere, defined), config.name, said_elsewhere
+        )
+        for request in {one.region_id: one for one in config.requests}.values()
+        if request.region_id not in by_id
+    )
+    there = [r for r in snapshot.regions if r.holder_uuid == holder_uuid or r.region_id in movable]
+    check_alike(
+        [*((r.region_id, r.terms) for r in there), *((r.region_id, r.terms) for r in new_regions)]
+    )
     plan = GuestPlan(
         config=config,
-        holder_uuid=holder_uuid or next(iter(movable.values()), None),
-        new_regions=tuple(
-            with_members(
-                new_region(request, config.name, said_elsewhere, defined),
-                config.name,
-                said_elsewhere,
-            )
-            for request in {one.region_id: one for one in config.requests}.values()
-            if request.region_id not in by_id
-        ),
+        holder_uuid=holder_uuid,
+        new_regions=new_regions,
         requests=config.requests,
         movable=tuple(movable),
         needs_holder=bool(mapped.requests),

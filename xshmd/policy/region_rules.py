@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from xshmd.model import (
@@ -20,6 +20,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
+from xshmd.policy import sealing
 from xshmd.policy.definitions import Claim, Definition, Said
 from xshmd.policy.findings import Findings, config_error, conflict, refused, region_at
 from xshmd.units import Gfn, address_of, bytes_of, human_size
@@ -240,6 +241,26 @@ def unenforced(case: Case) -> str:
     )
 
 
+def mixed_kinds(cases: Sequence[Case]) -> Findings:
+    """A guest has one target, so all its regions are in one holder: sealed ones or others.
+
+    The members of a sealed region could do with the others what they like, whoever's those are.
+    """
+    known = {one.request.region_id: one for one in cases if one.counts is not None}
+    terms = [(name, one.counts.terms) for name, one in known.items() if one.counts is not None]
+    if (pair := sealing.mixed(terms)) is None:
+        return
+    sealed, plain = known[pair[0]], known[pair[1]]
+    yield conflict(
+        "mixed-kinds",
+        sealed.request.place,
+        f"guest '{sealed.claim.guest}' has {region_at(sealed.request)}, which is sealed, and"
+        f" {region_at(plain.request)}, which is not",
+        "say isolation=sealed where the second is defined, or leave it out at both",
+        region=pair[0],
+    )
+
+
 def _is_unenforceable(request: RegionRequest, terms: RegionTerms) -> bool:
     return request.prot is Prot.RO and terms.transport is Transport.PHYSMAP
 
@@ -285,6 +306,8 @@ REGION_RULES: tuple[Callable[[Case], Findings], ...] = (
     direct_map,
 )
 """Those for each entry among all others."""
+BESIDE_RULES: tuple[Callable[[Sequence[Case]], Findings], ...] = (mixed_kinds,)
+"""Those for all entries of one guest."""
 
 
 def _size(nr_frames: int) -> str:

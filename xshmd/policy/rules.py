@@ -128,11 +128,9 @@ def check_requests(
     """
     own = [Claim(guest=config.name, request=request) for request in config.requests]
     said = Said((*own, *(one for one in others if one.guest != config.name)), regions)
-    found: list[XshmError] = []
-    for claim in own:
-        case = Case.of(claim, existing.get(claim.request.region_id), said)
-        found += _check_case(case, said, arch)
-    return _once(found)
+    cases = [Case.of(claim, existing.get(claim.request.region_id), said) for claim in own]
+    found = [error for case in cases for error in _check_case(case, said, arch)]
+    return _once([*found, *_check_beside(cases)])
 
 
 def check_definitions(
@@ -169,8 +167,13 @@ def check_together(
     for config in configs:
         found += check_config(config, arch, granted=granted)
     found += check_definitions(regions, others=others, arch=arch)
+    by_guest: dict[str, list[Case]] = {}
     for claim in others:
-        found += _check_case(Case.of(claim, None, said), said, arch)
+        case = Case.of(claim, None, said)
+        found += _check_case(case, said, arch)
+        by_guest.setdefault(claim.guest, []).append(case)
+    for cases in by_guest.values():
+        found += _check_beside(cases)
     return _once(found)
 
 
@@ -198,6 +201,11 @@ def _check_case(case: Case, said: Said, arch: Arch | None) -> Iterator[XshmError
     definitions = case.definitions if case.region is None else case.own
     for definition in definitions:
         yield from _check_definition(definition, said, arch)
+
+
+def _check_beside(cases: Sequence[Case]) -> Iterator[XshmError]:
+    for rule in region_rules.BESIDE_RULES:
+        yield from rule(cases)
 
 
 def _check_definition(definition: Definition, said: Said, arch: Arch | None) -> Iterator[XshmError]:

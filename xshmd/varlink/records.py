@@ -86,6 +86,7 @@ def region_fields(region: Region, snapshot: Snapshot) -> Fields:
             guest.name for guest in snapshot.guests if region.region_id in _still_mapped(guest)
         ]
         or None,
+        "pauseMicroseconds": region.pause_us or None,
     }
 
 
@@ -226,6 +227,7 @@ def event_fields(event: Event) -> Fields:
         "reason": event.reason or None,
         "rules": list(event.rules) or None,
         "lease": None if event.lease is None else lease_fields(event.lease),
+        "pauseMicroseconds": event.pause_us or None,
     }
 
 

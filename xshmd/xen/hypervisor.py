@@ -330,6 +330,11 @@ class XenHypervisor(GrantCalls):
             count = min(WINDOW_FRAMES, first_gfn + nr_frames - start)
             with self.map_pages(domid, Gfn(start), count, writable=True) as window:
                 window.fill(0)
+            self.flush(domid, Gfn(start), count)
+
+    def flush(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
+        for start in range(first_gfn, first_gfn + nr_frames, WINDOW_FRAMES):
+            count = min(WINDOW_FRAMES, first_gfn + nr_frames - start)
             # dom0 writes through its cache; a guest that has its own off would read what was there
             # before.  XEN_DOMCTL_cacheflush takes 1 GiB at the most on Arm (xen/arch/arm/domctl.c),
             # and does nothing on x86, where caches are coherent with everything a guest can do.

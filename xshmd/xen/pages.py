@@ -71,6 +71,9 @@ class MappedPages:
         owned = self._ffi.gc(self._ffi.cast("char *", address), end)
         return memoryview(self._ffi.buffer(owned, bytes_of(nr_frames)))
 
+    def wipe(self) -> None:
+        self.fill(0)
+
     def close(self) -> None:
         if self._address is not None:
             self._unmap(self._handle, self._address, self._nr_frames)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sealed groups: who has a region is changed in windows, in which all of its group stand still."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from integration.scenarios.guest import FREE_WORD, MIB, PAGE, Entry
+from integration.scenarios.host import Host, add, attach, detach, remove
+
+SEALED = "isolation=sealed"
+
+
+def is_empty(host: Host, region: str) -> bool:
+    """Whether nobody, not even dom0, can map a frame of the region's holder."""
+    found = host.region(region)
+    frames = range(found["holderFirstFrame"], found["holderFirstFrame"] + found["frameCount"])
+    left: list[int] = host.ask("populated", found["holderDomainId"], list(frames))
+    return not left
+
+
+def dumped(host: Host, region: str, offset: int = 0, size: int = 8) -> bytes:
+    """Some bytes of a region, as dom0 reads them."""
+    where = ["--offset", str(offset), "--length", str(size)]
+    return host.xshmctl("dump", *where, region).stdout
+
+
+def test_guests_join_and_leave_while_others_talk(host: Host) -> None:
+    """Three guests find the same contents, one after the other, each with fresh pages for all of
+    them; nobody could have mapped a page by itself; who is detached is out."""
+    region, since = host.unique("sealed"), host.mark
+    first = host.guest("first", Entry(region, host.at, more=SEALED), do="boots,fill,beat")
+    host.create(first)
+    host.wait_said(first, "filled .*")
+    assert is_empty(host, region)
+    second = host.guest(
+        "second", Entry(region, host.at, role="borrower"), do="await-fill,check,beat-watch", slot=1
+    )
+    host.create(second)
+    host.wait_said(second, "checked pages=256 bad=0 seed=7")
+    host.wait_beats(second, 0)
+    assert is_empty(host, region)
+    third = host.guest(
+        "third", Entry(region, host.at, role="borrower"), do="await-fill,check,beat-watch", slot=2
+    )
+    host.create(third)
+    host.wait_said(third, "checked pages=256 bad=0 seed=7")
+    for slot in (0, 1):
+        host.wait_beats(third, slot)
+    host.wait_beats(second, 2)
+    holder = host.domain(host.region(region)["holderDomainId"])
+    assert holder is not None
+    assert (holder["max_pages"], holder["tot_pages"]) == (0, 257)
+    assert host.region(region)["pauseMicroseconds"] > 0
+    host.apply(detach(third, region))
+    host.wait_beats(second, 0)
+    host.wait_log("group paused .*why='admin; 2 guests stood still'", since)
+    assert is_empty(host, region)
+    host.destroy(first, second, third)
+
+
+def test_contents_outlive_reboot_and_daemon(host: Host) -> None:
+    """The only member reboots, so no guest has the region for a while; the daemon is killed; what
+    was in it is there for who comes next."""
+    region = host.unique("sealed")
+    guest = host.guest("boots", Entry(region, host.at, more=SEALED), do="boots,reboot-once,fill")
+    host.create(guest)
+    host.wait_said(guest, "boots=2")
+    host.wait_said(guest, "filled .*")
+    host.stop_daemon(signal.SIGKILL)
+    host.start_daemon()
+    assert dumped(host, region, 128, 4) == (2).to_bytes(4, "little")
+    other = host.guest(
+        "other", Entry(region, host.at_elsewhere, role="borrower"), do="await-fill,check", slot=1
+    )
+    host.create(other)
+    host.wait_said(other, "checked pages=256 bad=0 seed=7")
+    host.destroy(guest, other)
+
+
+@pytest.mark.alike
+def test_regions_of_one_group_are_not_each_others(host: Host) -> None:
+    """Two that share nothing with each other have the same target, and the window for one region
+    leaves the pages of the other as they are."""
+    one, two = host.unique("one"), host.unique("two")
+    both = host.guest(
+        "both", Entry(one, host.at, more=SEALED), Entry(two, host.at_elsewhere, more=SEALED),
+        do="fill:0,fill:1",
+    )  # fmt: skip
+    left = host.guest("left", Entry(one, host.at, role="borrower"), do="await-fill,check", slot=1)
+    right = host.guest("right", Entry(two, host.at, role="borrower"), do="await-fill,check", slot=2)
+    for guest in (both, left, right):
+        host.create(guest)
+    host.wait_said(left, "checked pages=256 bad=0 seed=7")
+    host.wait_said(right, "checked pages=256 bad=0 seed=7")
+    assert host.region(one)["holderUuid"] == host.region(two)["holderUuid"]
+    assert is_empty(host, one)
+    assert is_empty(host, two)
+    host.destroy(both, left, right)
+
+
+@pytest.mark.alike
+def test_filled_beforehand_and_given_to_guests_that_run(host: Host) -> None:
+    """A sealed region of the system is loaded before anybody has it, attached to two that run,
+    detached and dumped."""
+    region = host.unique("sealed")
+    a, b = host.guest("a"), host.guest("b", slot=1)
+    host.create(a)
+    host.create(b)
+    made = add(region, MIB)
+    made["add"]["terms"] = {"isolation": "sealed"}
+    host.apply(made)
+    host.dom0.run(f"printf 12345678 | xshmctl load --offset {FREE_WORD} {region}")
+    assert dumped(host, region) == b"12345678"
+    host.apply(attach(a, region, host.at, MIB), attach(b, region, host.at, MIB))
+    assert is_empty(host, region)
+    host.apply(detach(a, region), detach(b, region))
+    assert dumped(host, region) == b"12345678"
+    host.apply(remove(region))
+    host.destroy(a, b)
+
+
+@pytest.mark.alike
+def test_a_pause_that_is_too_long_is_refused(host: Host) -> None:
+    """What may not stand still for so long goes on with what it has."""
+    region = host.unique("sealed")
+    with host.daemon_with("--pause-ceiling", "0.0001"):
+        refused = host.guest("refused", Entry(region, host.at, more=SEALED))
+        done = host.create(refused, check=False)
+        assert done.status
+        since = host.log()
+        assert "would stand still for about" in since
+    host.wait(lambda: not host.regions(), "the region is gone")
+
+
+@pytest.mark.parametrize("moment", ["window-preparing", "window-swapping", "window-sealing"])
+def test_killed_in_a_window(host: Host, moment: str) -> None:
+    """kill -9 at any phase of a window: the next daemon undoes or finishes it, and all go on."""
+    region = host.unique("sealed")
+    first = host.guest("first", Entry(region, host.at, 8 * MIB, more=SEALED), do="fill,beat")
+    second = host.guest(
+        "second", Entry(region, host.at, 8 * MIB, role="borrower"),
+        do="await-fill,check,watch", slot=1,
+    )  # fmt: skip
+    host.create(first)
+    host.wait_said(first, "filled .*")
+    words = ["python3", "-I", "/rig/xen-probe.py", "kill-when", str(host.daemon_pid), moment]
+    killer = host.dom0.spawn(words)
+    host.wait(lambda: b"watching" in killer.stdout, "the killer watches")
+    creating = host.start_creating(second)
+    done = killer.wait(150)
+    assert done.status == 0, done.stdout
+    host.await_killed()
+    host.start_daemon()
+    creating.wait(300)
+    host.wait_said(second, "checked pages=2048 bad=0 seed=7")
+    host.wait_beats(second, 0)
+    assert is_empty(host, region)
+    host.destroy(first, second)
+
+
+def test_the_pause_is_told(host: Host) -> None:
+    """How long the group stood still is in the log, in the record, and in what show says."""
+    region = host.unique("sealed")
+    guest = host.guest("guest", Entry(region, host.at, 64 * PAGE, more=SEALED))
+    host.create(guest)
+    shown = host.xshmctl("show", region).text
+    assert "Isolation" in shown
+    assert "ms a MiB" in shown
+    found = json.loads(host.xshmctl("-j", "show", region).text)["region"]
+    assert found["pauseMicroseconds"] == host.region(region)["pauseMicroseconds"] > 0
+    host.destroy(guest)
