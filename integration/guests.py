@@ -17,8 +17,8 @@ from integration.toolroot import ToolRoot
 
 GUESTS = "integration/guests"
 HELPER = "xshmd/resources/guest"
-MODULE = "xen-gntdev.ko"
-"""A module of Debian's kernel, without which nothing in a guest maps grants."""
+MODULES = ("xen-gntdev.ko", "xen-privcmd.ko")
+"""Modules of Debian's kernel, without which nothing in a guest maps grants or calls Xen."""
 
 
 def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry | None:
@@ -36,14 +36,16 @@ def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry
     def build(content: Path, log: Path) -> None:
         folder = content.with_name("sources")
         sources.write_to(folder)
-        (folder / MODULE).write_bytes(_module(tools, image, folder, log))
+        (folder / "modules").mkdir()
+        for name in MODULES:
+            (folder / "modules" / name).write_bytes(_module(name, tools, image, folder, log))
         tools.run(
             ["python3", f"{GUESTS}/build.py", arch.name, "/rig/out"],
             binds={folder: "/rig/src", content: "/rig/out", image.busybox: "/rig/busybox"},
             cwd="/rig/src",
             env={
                 "BUSYBOX": "/rig/busybox",
-                "GNTDEV": f"/rig/src/{MODULE}",
+                "MODULES": "/rig/src/modules",
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
             log=log,
@@ -53,8 +55,8 @@ def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry
     return cache.get(recipe, build)
 
 
-def _module(tools: ToolRoot, image: Image, folder: Path, log: Path) -> bytes:
-    """The module, out of dom0's disk; busybox cannot load one that is compressed."""
+def _module(name: str, tools: ToolRoot, image: Image, folder: Path, log: Path) -> bytes:
+    """A module, out of dom0's disk; busybox cannot load one that is compressed."""
 
     def ask(request: str) -> str:
         return tools.run(
@@ -67,6 +69,6 @@ def _module(tools: ToolRoot, image: Image, folder: Path, log: Path) -> bytes:
     # /INODE/MODE/UID/GID/NAME/SIZE/, the first two being . and ..
     names = [line.split("/")[5] for line in ask("ls -p /usr/lib/modules").split() if line]
     version = next(name for name in names if name.strip("."))
-    packed = f"/usr/lib/modules/{version}/kernel/drivers/xen/{MODULE}.xz"
+    packed = f"/usr/lib/modules/{version}/kernel/drivers/xen/{name}.xz"
     ask(f"dump {packed} /rig/out/packed")
     return lzma.decompress((folder / "packed").read_bytes())

@@ -370,6 +370,36 @@ async def test_what_a_member_put_into_the_grant_table_is_gone(autojump_clock: Mo
         await host.tools.end(b)
 
 
+@pytest.mark.parametrize("terms", [SEALED, RegionTerms(lifetime=Lifetime.MEMBERS)], ids=str)
+async def test_what_a_member_takes_out_is_told_once(
+    terms: RegionTerms, autojump_clock: MockClock
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        r = dataclasses.replace(host.request("r", 4), terms=terms)
+        a = await make(host, "a", r)
+        holder = host.holders()[0]
+        (region,) = daemon.engine.snapshot().regions
+        async with daemon.engine.monitor() as channel:
+            host.xen.depopulate(holder, ANCHOR_GFN, 1)
+            host.xen.depopulate(holder, Gfn(region.holder_first_gfn + 3), 1)
+            for _ in range(2):
+                other = await make(host, "other")
+                await host.tools.end(other)
+            said = []
+            while channel.statistics().current_buffer_used:
+                event = channel.receive_nowait()
+                said += [event.reason] if event.kind is EventKind.HOLDER_SUSPECT else []
+        taken = "was taken out of it: whoever has it keeps it"
+        if terms is SEALED:
+            assert said == [f"its anchor {taken}"]
+        else:
+            assert said == [f"its anchor {taken}", f"memory of region r {taken}"]
+        await host.tools.end(a)
+        await host.check_clean()
+        await daemon.kill()
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

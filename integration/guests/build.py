@@ -5,8 +5,8 @@
     build.py ARCH OUTDIR        ARCH is x86_64 or arm64
 
 makes OUTDIR/baremetal and, if the environment's BUSYBOX names a static busybox
-of that architecture, OUTDIR/linux.cpio.gz (needs a kernel of your own). GNTDEV
-names that kernel's module xen-gntdev.ko, if it is one.
+of that architecture, OUTDIR/linux.cpio.gz (needs a kernel of your own). MODULES
+names a folder with that kernel's modules xen-gntdev.ko and xen-privcmd.ko.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent.parent / "xshmd/resources/guest"
 """The code that xshmd offers to guests; here it is used and tried."""
-HELPER = PEER / "xshm-guest.c"
+HELPERS = {"xshm-guest": PEER / "xshm-guest.c", "xshm-member": HERE / "member.c"}
+"""Programs for the Linux guest."""
 HELPER_CFLAGS = "-std=gnu11 -O2 -g0 -Wall -Wextra -Werror -static -s -Wl,--build-id=none"
 
 CFLAGS = """
@@ -87,23 +88,25 @@ def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] 
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def build_helper(arch: str, out: Path) -> None:
-    """Compile the program by which a Linux guest maps what it was granted."""
-    run(tool(arch, "gcc"), *HELPER_CFLAGS.split(), "-o", out, HELPER)
+def build_helper(arch: str, source: Path, out: Path) -> None:
+    """Compile a program for the Linux guest."""
+    run(tool(arch, "gcc"), *HELPER_CFLAGS.split(), "-o", out, source)
 
 
-def build_linux(busybox: Path, helper: Path, gntdev: Path | None, out: Path) -> None:
+def build_linux(busybox: Path, helpers: list[Path], modules: list[Path], out: Path) -> None:
     """Pack the Linux guest: busybox and our init; the same input gives the same bytes."""
     members = [cpio_entry(folder, stat.S_IFDIR | 0o755) for folder in ("bin", "dev", "proc", "sys")]
     members += [
         cpio_entry("dev/console", stat.S_IFCHR | 0o600, device=CONSOLE),
         cpio_entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()),
-        cpio_entry("bin/xshm-guest", stat.S_IFREG | 0o755, helper.read_bytes()),
+        *(
+            cpio_entry(f"bin/{helper.name}", stat.S_IFREG | 0o755, helper.read_bytes())
+            for helper in helpers
+        ),
+        *(cpio_entry(module.name, stat.S_IFREG | 0o644, module.read_bytes()) for module in modules),
         cpio_entry("init", stat.S_IFREG | 0o755, (HERE / "linux-init.sh").read_bytes()),
+        cpio_entry("TRAILER!!!", 0),
     ]
-    if gntdev is not None:
-        members.append(cpio_entry("xen-gntdev.ko", stat.S_IFREG | 0o644, gntdev.read_bytes()))
-    members.append(cpio_entry("TRAILER!!!", 0))
     out.write_bytes(gzip.compress(b"".join(members), mtime=0))
 
 
@@ -116,10 +119,13 @@ def main() -> None:
     made = [outdir / "baremetal"]
     build_baremetal(arch, made[0])
     if busybox := os.environ.get("BUSYBOX"):
-        made += [outdir / "xshm-guest", outdir / "linux.cpio.gz"]
-        build_helper(arch, made[1])
-        gntdev = os.environ.get("GNTDEV")
-        build_linux(Path(busybox), made[1], Path(gntdev) if gntdev else None, made[2])
+        helpers = [outdir / name for name in HELPERS]
+        for helper in helpers:
+            build_helper(arch, HELPERS[helper.name], helper)
+        folder = os.environ.get("MODULES")
+        modules = sorted(Path(folder).glob("*.ko")) if folder else []
+        made += [*helpers, outdir / "linux.cpio.gz"]
+        build_linux(Path(busybox), helpers, modules, made[-1])
     for path in made:
         print(f"{path} {path.stat().st_size} bytes")
 

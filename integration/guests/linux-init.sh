@@ -204,6 +204,28 @@ granted() {
   esac
 }
 
+# What dom0 writes into data/member is done, once for each number that it begins with: the word at an
+# address is read, or Xen is asked what a member's kernel could ask.
+member() {
+  [ -e /dev/xen/privcmd ] || insmod /xen-privcmd.ko unrestricted=1
+  exec 3<>/dev/xen/xenbus
+  seen=''
+  while :; do
+    ask 2 data/member
+    case $answer in
+      "$seen") ;;
+      [0-9]*)
+        seen=$answer
+        set -- $answer
+        number=$1
+        shift
+        if [ "$1" = look ]; then said=$(devmem "$2" 64); else said=$(xshm-member "$@" 2>&1); fi
+        say "member $number: $said" ;;
+    esac
+    pause
+  done
+}
+
 # every_second [write] [read]: what a human watches.
 every_second() {
   while :; do
@@ -234,6 +256,7 @@ verb() {
     poweroff|reboot) leave "$1"; return ;;
     stay) while :; do sleep 3600; done ;;
     shell) setsid cttyhack sh; return ;;
+    member) member ;;
     find-xenstore) find_by_xenstore; return ;;
     find-memory-map) find_by_memory_map; return ;;
     find-devicetree) find_by_devicetree; return ;;

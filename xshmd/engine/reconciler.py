@@ -28,6 +28,7 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
 from xshmd.engine.grants import SWEEP_S, Grants
 from xshmd.engine.holders import Holders
+from xshmd.engine.inspection import Inspection
 from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_leftovers
@@ -125,9 +126,10 @@ class Reconciler:
             floor_bytes=options.free_memory_floor_bytes, on_created=self._watch_holder,
             keeper=keeper,
         )  # fmt: skip
+        self._inspection = inspection = Inspection(xen, ledger, hub)
         self._windows = windows = Windows(
             xen=xen, keeper=keeper, worker=self._worker, ledger=ledger, holders=holders, hub=hub,
-            ceiling_s=options.pause_ceiling_s,
+            inspection=inspection, ceiling_s=options.pause_ceiling_s,
         )  # fmt: skip
         self._doorbells = doorbells = Doorbells(
             channels=channels, xen=xen, ledger=ledger, holders=holders
@@ -314,6 +316,7 @@ class Reconciler:
             self._look_in(AGAIN_S)
         domains = self._domains()
         await self._ends.check_holders(domains)
+        self._inspection.inspect()
         for guest in self._ledger.guests:
             try:
                 await self._look_at(guest, domains.get(guest.domid))

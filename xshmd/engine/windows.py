@@ -26,6 +26,7 @@ from xshmd.engine.attach import Span
 from xshmd.engine.events import EventHub
 from xshmd.engine.fresh_pages import FreshPages
 from xshmd.engine.holders import FIRST_REGION_GFN, Holders, enlarge_paging_pool
+from xshmd.engine.inspection import Inspection
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.standstill import Standstill
 from xshmd.engine.window_records import Fresh, Phase, Window
@@ -69,11 +70,12 @@ class Windows:
         ledger: Ledger,
         holders: Holders,
         hub: EventHub,
+        inspection: Inspection,
         ceiling_s: float,
     ) -> None:
         self._xen, self._keeper, self._worker = xen, keeper, worker
         self._ledger, self._holders, self._hub = ledger, holders, hub
-        self._ceiling_s = ceiling_s
+        self._inspection, self._ceiling_s = inspection, ceiling_s
         self._pace = Pace()
         self._still = Standstill(xen, ledger)
         self._fresh = FreshPages(xen, keeper, holders)
@@ -317,7 +319,7 @@ class Windows:
         await self._ledger.drop_window(window.holder_uuid)
         self._tell(window, holder, pause_us, nr_guests)
         for name in ran:
-            self._suspect(holder, f"guest {name} ran while pages were in it")
+            self._inspection.suspect(holder, f"guest {name} ran while pages were in it")
         self._check_pages(holder)
         return ran
 
@@ -399,21 +401,13 @@ class Windows:
             )
         )  # fmt: skip
 
-    def _suspect(self, holder: Holder, reason: str) -> None:
-        self._hub.emit(
-            Event(
-                kind=EventKind.HOLDER_SUSPECT, domid=holder.domid, holder_uuid=holder.uuid,
-                reason=reason,
-            )
-        )  # fmt: skip
-
     def _check_pages(self, holder: Holder) -> None:
         """Say so if the old pages are still there: Xen itself may write to one for a guest."""
         info = self._xen.domain_info(holder.domid)
         mine = [r for r in self._ledger.regions if r.kept.startswith(f"{holder.uuid}.")]
         expected = 1 + sum(region.nr_frames for region in mine)
         if info is not None and info.uuid == holder.uuid and info.tot_pages > expected:
-            self._suspect(
+            self._inspection.suspect(
                 holder,
                 f"{info.tot_pages - expected} old pages are not free: a guest has had Xen keep"
                 " them, which ends when it does",
