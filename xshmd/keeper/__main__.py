@@ -69,15 +69,25 @@ def serve(shelf: Shelf, listener: socket.socket) -> None:
     """Answer calls, one at a time, until the process is ended."""
     with selectors.DefaultSelector() as ready:
         ready.register(listener, selectors.EVENT_READ)
-        while True:
-            for key, _ in ready.select():
-                if key.fileobj is listener:
-                    client, _ = listener.accept()
-                    ready.register(client, selectors.EVENT_READ, client.makefile("rb"))
-                elif isinstance(key.fileobj, socket.socket) and not _talk(shelf, key):
-                    ready.unregister(key.fileobj)
-                    key.data.close()
-                    key.fileobj.close()
+        try:
+            while True:
+                for key, _ in ready.select():
+                    if key.fileobj is listener:
+                        client, _ = listener.accept()
+                        ready.register(client, selectors.EVENT_READ, client.makefile("rb"))
+                    elif not _talk(shelf, key):
+                        ready.unregister(key.fileobj)
+                        _hang_up(key)
+        finally:
+            for key in tuple(ready.get_map().values()):
+                if key.fileobj is not listener:
+                    _hang_up(key)
+
+
+def _hang_up(key: selectors.SelectorKey) -> None:
+    assert isinstance(key.fileobj, socket.socket)
+    key.data.close()
+    key.fileobj.close()
 
 
 def _talk(shelf: Shelf, key: selectors.SelectorKey) -> bool:
