@@ -35,6 +35,8 @@ NOT_OF_XEN: Final = frozenset(
         # instruments of the tests, and the model's checks of itself
         "_call", "_inject", "fail", "check", "_check_conservation", "close_maps", "guest_read",
         "guest_write", "foreign_frames", "_guest_pages", "__init__", "_crash", "_short",
+        # what only guests can show, in integration/scenarios/test_grants.py
+        "silo", "guest_map_grants", "_release_mappings",
     }
 )  # fmt: skip
 NO_CLAIMS: Final = (

@@ -77,8 +77,9 @@ def a_grant_is_for_one_domain(xen: Hypervisor, make: ContractHost) -> None:
 def what_was_never_granted_is_not_mapped(xen: Hypervisor, make: ContractHost) -> None:
     holder = _granter(make)
     for first_ref in (0, FIRST_REF - 1, FIRST_REF + 1, FIRST_REF + 4, 2 * PER_FRAME):
-        with raises(HypercallFailed, errno.EINVAL):
-            xen.map_grants(holder, first_ref, 4, writable=False)
+        for writable in (False, True):
+            with raises(HypercallFailed, errno.EINVAL):
+                xen.map_grants(holder, first_ref, 4, writable=writable)
     equal(xen.grants_in_use(holder, FIRST_REF, 4), 0, "in use")
 
 
@@ -205,6 +206,34 @@ def a_page_that_is_mapped_by_a_grant_outlives_its_frame(
     mapping.write(0, bytes(16))
     mapping.close()
     equal(make.tot_pages(holder), 0, "none is")
+
+
+@case
+def who_has_a_page_mapped_maps_it_again_whatever_its_frame_is(
+    xen: Hypervisor, make: ContractHost
+) -> None:
+    holder = _granter(make, 2)
+    first = xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    first.write(0, b"the page")
+    equal(xen.depopulate(holder, HOLDER_GFN, 1), 1, "frames given up")
+    second = xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    equal(second.read(0, 8), b"the page", "what is read")
+    second.write(0, bytes(8))
+    second.close()
+    first.close()
+    with raises(HypercallFailed, errno.EINVAL):
+        xen.map_grants(holder, FIRST_REF, 1, writable=True)
+
+
+@case
+def a_dying_holder_grants_nothing_more(xen: Hypervisor, make: ContractHost) -> None:
+    holder = _granter(make, 2)
+    mapping = xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    make.destroy(holder)
+    with raises(HypercallFailed, errno.EINVAL):
+        xen.map_grants(holder, FIRST_REF + 1, 1, writable=True)
+    mapping.close()
+    make.gone(holder)
 
 
 @case
