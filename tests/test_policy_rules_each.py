@@ -36,7 +36,15 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.policy import definition_rules, entry_rules, guest_rules, region_rules, rules
+from xshmd.policy import (
+    definition_rules,
+    entry_rules,
+    grant_rules,
+    grants,
+    guest_rules,
+    region_rules,
+    rules,
+)
 from xshmd.units import Gfn, gfn_of
 
 BASE = 0x1000000000
@@ -94,8 +102,10 @@ def on(mfn: int, **more: Any) -> dict[str, Any]:
     return {"backing": Backing.HOST, "host_first_mfn": mfn, **more}
 
 
+GRANT: dict[str, Any] = {"transport": Transport.GRANT}
 RO: dict[str, Any] = {"prot": Prot.RO, "prot_enforcement": ProtEnforcement.ADVISORY}
 OTHER = dataclasses.replace(HOST, xen_version=(4, 18))
+SILO = dataclasses.replace(HOST, xen_command_line="xsm=silo")
 NO_HAP = dataclasses.replace(HOST, has_hap=False)
 CASES = (
     Case(rule="xen-too-old", guests=(guest("a", owner()),), host=OTHER),
@@ -155,12 +165,15 @@ CASES = (
     Case(rule="bad-id", regions=(system(region_id="a" * 129),)),
     Case(rule="size-zero", regions=(system(0),)),
     Case(rule="size-zero", regions=(system(1 << 41),)),
-    Case(rule="grant-backing", regions=(system(**on(7, transport=Transport.GRANT)),)),
-    Case(
-        rule="grant-sealed",
-        regions=(system(transport=Transport.GRANT, isolation=Isolation.SEALED),),
-    ),
     Case(rule="region-without-grant", regions=(system(isolation=Isolation.REGION),)),
+    Case(rule="grant-sealed", regions=(system(**GRANT, isolation=Isolation.SEALED),)),
+    Case(rule="grant-backing", regions=(system(**GRANT, **on(7)),)),
+    Case(
+        rule="grant-under-silo",
+        guests=(guest("a", borrower()),),
+        regions=(system(**GRANT),),
+        host=SILO,
+    ),
     Case(rule="lifetime-contradiction", regions=(system(lifetime=Lifetime.OWNER),)),
     Case(
         rule="lifetime-contradiction",
@@ -186,6 +199,17 @@ GOOD = (
     Case(rule="", guests=(guest("a", owner(terms=RegionTerms(lifetime=Lifetime.MEMBERS))),)),
     Case(rule="", regions=(system(2, doorbells=15),)),
     Case(rule="", regions=(system(lifetime=Lifetime.SYSTEM, isolation=Isolation.GROUP),)),
+    Case(rule="", regions=(system(**GRANT, isolation=Isolation.REGION),)),
+    Case(
+        rule="",
+        guests=(
+            guest("a", borrower(prot=Prot.RO), guest_type=GuestType.PV),
+            guest("b", borrower(), hap=False, altp2m=True, nestedhvm=True),
+        ),
+        regions=(system(**GRANT),),
+        host=OTHER,
+    ),
+    Case(rule="", guests=(guest("a", owner()),), host=SILO),
 )
 COMPANIONS = {"different-sizes": {"owner-of-systems"}}
 """Rules that cannot be broken without these."""
@@ -196,8 +220,9 @@ def broken(case: Case) -> list[XshmError]:
     others = rules.claims((), case.guests)
     existing = {region.region_id: region for region in case.existing}
     found = list(rules.check_definitions(case.regions, others=others, arch=case.host.arch))
+    granted = grants.granted_ids(case.existing, case.regions, case.guests)
     for config in case.guests:
-        found += rules.check_guest(config, case.host)
+        found += rules.check_guest(config, case.host, granted=granted)
         found += rules.check_requests(
             config, existing=existing, others=others, regions=case.regions, arch=case.host.arch
         )
@@ -236,6 +261,8 @@ REGISTRIES = (
     (region_rules, "REGION_RULES"),
     (region_rules, "BESIDE_RULES"),
     (definition_rules, "DEFINITION_RULES"),
+    (grant_rules, "HOST_RULES"),
+    (grant_rules, "DEFINITION_RULES"),
 )
 EACH = [
     pytest.param(module, registry, index, id=f"{registry}-{rule.__name__}")
@@ -302,8 +329,8 @@ CHECKLIST = {
     "B11 one id, one range; one range, one id": "defined-twice different-sizes shared-host-range",
     "B14 direct map": "direct-map",
     "D2 a number for each peer, and its doorbells": "doorbells",
-    "B15 no more than can be kept": "other-size mixed-kinds grant-backing grant-sealed"
-    " region-without-grant",
+    "B15 no more than can be kept": "other-size mixed-kinds grant-under-silo grant-backing"
+    " grant-sealed region-without-grant",
 }
 """What the source mails ask for, by the numbers of their list, and the rules that see to it."""
 

@@ -19,7 +19,6 @@ from xshmd.model import (
     RegionTerms,
     Transport,
 )
-from xshmd.policy import grant_rules
 from xshmd.policy.definitions import Definition, Said
 from xshmd.policy.entry_rules import CACHE_POLICY
 from xshmd.policy.findings import Findings, config_error, conflict, refused
@@ -159,7 +158,6 @@ def doorbells(definition: Definition, said: Said, arch: Arch | None) -> Findings
 DEFINITION_RULES: tuple[Callable[[Definition, Said, Arch | None], Findings], ...] = (
     bad_id,
     size_zero,
-    *grant_rules.DEFINITION_RULES,
     lifetime_contradiction,
     other_cache_policy,
     host_address,

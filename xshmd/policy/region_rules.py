@@ -225,8 +225,8 @@ def read_only(case: Case) -> Findings:
             case.request.place,
             f"{region_at(case.request)} asks for prot=ro, which Xen cannot enforce: memory mapped"
             " into a guest is always writable",
-            "say prot=rw; or, if it is to bind nobody, prot_enforcement=advisory where the region"
-            " is defined",
+            "where the region is defined, say transport=grant if its guests can map grants; or, if"
+            " prot=ro is to bind nobody, prot_enforcement=advisory; else say prot=rw",
         )
 
 

@@ -5,7 +5,8 @@ Each rule is one function in a module beside this one that yields what is wrong 
 rule: of a guest (:mod:`~xshmd.policy.guest_rules`), of its entries
 (:mod:`~xshmd.policy.entry_rules`), of a region's definition
 (:mod:`~xshmd.policy.definition_rules`) and between the two
-(:mod:`~xshmd.policy.region_rules`).  They are pure: what exists on the host comes in as records.
+(:mod:`~xshmd.policy.region_rules`); and of what guests map themselves
+(:mod:`~xshmd.policy.grant_rules`).  They are pure: what exists on the host comes in as records.
 Each finding has in its ``facts`` the name of its rule, ``rule``, which does not change.
 """
 
@@ -209,7 +210,7 @@ def _check_beside(cases: Sequence[Case]) -> Iterator[XshmError]:
 
 
 def _check_definition(definition: Definition, said: Said, arch: Arch | None) -> Iterator[XshmError]:
-    for rule in definition_rules.DEFINITION_RULES:
+    for rule in (*definition_rules.DEFINITION_RULES, *grant_rules.DEFINITION_RULES):
         yield from rule(definition, said, arch)
 
 
