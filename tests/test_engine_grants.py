@@ -60,7 +60,7 @@ async def test_what_a_guest_is_told_comes_after_what_it_was_told_before(
         (holder,) = there.holders()
         assert (there.server.read(f"/local/domain/{a.domid}/xshm/g") or "").endswith(
             "transport=grant offset=0x0 backing=holder cache=write-back memory_map=reserved "
-            f"grants={holder}:8+{FRAMES}"
+            f"grants={holder}:8+{FRAMES} peer=0"
         )
         await there.tools.end(a)
         await there.check_clean()

@@ -125,6 +125,7 @@ def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region,
         raise Refused(
             f"region {region_id} is sealed: its memory is not to be mapped in dom0",
             hint="read and write it with `xshmctl dump` and `xshmctl load`",
+            rule="lease-isolation",
             id=region_id,
         )
     if len(parts) > 1:

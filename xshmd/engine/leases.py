@@ -25,7 +25,7 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import Conflict, Refused
-from xshmd.model import EventKind, Isolation, Lease, Process, Prot, Region
+from xshmd.model import EventKind, Lease, Process, Prot, Region
 from xshmd.policy.quota_rules import check_lease
 from xshmd.policy.refusals import keeps_it_mapped
 from xshmd.ports import ConfigFinder, Processes
@@ -116,14 +116,6 @@ class Leases:
                 f"region {region_id} is prot=ro for all of its members",
                 hint="ask for prot ro, or define the region with prot=rw",
                 rule="prot-above-owner",
-                region=region_id,
-            )
-        if region.terms.isolation is Isolation.SEALED:
-            raise Refused(
-                f"region {region_id} has isolation=sealed: its frames do not stay where a process"
-                " could map them",
-                hint="read and write it with `xshmctl dump` and `xshmctl load`",
-                rule="lease-isolation",
                 region=region_id,
             )
         if nr_after > MOST:
