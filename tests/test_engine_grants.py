@@ -491,3 +491,21 @@ async def test_dom0_has_it_as_it_has_any_region(autojump_clock: MockClock) -> No
         for region_id in ("g", "large"):
             await daemon.engine.apply([RemoveRegion(region_id=region_id)])
         await there.check_clean()
+
+
+async def test_all_holders_of_a_region_go_with_it(autojump_clock: MockClock) -> None:
+    """At once, and not when something else happens."""
+    async with world() as there:
+        daemon = await there.start()
+        request = owned(there, frames=700)
+        there.xen.command_line = "gnttab_max_frames=2"
+        a = await there.tools.create(there.config("a", request))
+        assert len(there.holders()) == 3
+        record = daemon.guest("a")
+        assert record is not None
+        await daemon.engine._ledger.drop_guest(record.generation)
+        await daemon.engine._ends.collect()
+        assert daemon.engine.snapshot().regions == ()
+        assert there.holders() == []
+        await there.tools.end(a)
+        await there.check_clean()

@@ -13,7 +13,7 @@ from integration.scenarios.conftest import booted
 from integration.scenarios.guest import MIB, Entry, Guest
 from integration.scenarios.host import Host, detach
 
-SIZE = 40 * MIB
+SIZE = 34 * MIB
 """More than one grant table serves four members with."""
 SEED = 7
 REFUSED = {

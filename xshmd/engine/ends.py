@@ -113,17 +113,18 @@ class Ends:
                 log.info("guest no longer awaited", guest=guest.name)
         await self._note_owners()
         await self._withdraw_orphans()
-        by_holder: dict[str, list[str]] = {}
+        by_holder: dict[str, list[Region]] = {}
         for region in self._ledger.regions:
+            if len(region.holder_uuids) > 1 and self._is_unused(region):
+                # Now, so that below each of its holders is found to be empty.
+                await self._holders.free_region(region, reason="its last member ended")
+                continue
             for uuid in region.holder_uuids:
-                by_holder.setdefault(uuid, []).append(region.region_id)
+                by_holder.setdefault(uuid, []).append(region)
         for holder in self._ledger.holders:
-            named = by_holder.get(holder.uuid, ())
-            # One may have gone with another of its holders.
-            theirs = [found for one in named if (found := self._ledger.region(one))]
+            theirs = by_holder.get(holder.uuid, [])
             unused = [region for region in theirs if self._is_unused(region)]
-            alone = all(len(region.holder_uuids) == 1 for region in unused)
-            if unused == theirs and alone and not self._is_needed(holder):
+            if unused == theirs and not self._is_needed(holder):
                 await self._free_all(holder, theirs)
             else:
                 for region in unused:
