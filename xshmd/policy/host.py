@@ -173,7 +173,7 @@ def _xsm(host: HostInfo) -> Finding:
             topic=topic,
             verdict=Verdict.OK,
             text="xsm=silo: physmap regions work, across a wall that silo otherwise keeps between "
-            "guests; grant regions work with dom0 as the granter only",
+            "guests; grant regions are refused, as a guest may map grants of dom0 alone",
             hint="say xsm=dummy on Xen's command line to have grants between guests",
         )
     if chosen == "dummy" or (not chosen and host.arch is Arch.X86_64):
@@ -188,7 +188,8 @@ def _xsm(host: HostInfo) -> Finding:
             topic=topic,
             verdict=Verdict.OK,
             text="no xsm= given, so Xen's build decides (Debian's arm64 build: silo): physmap "
-            "regions work either way; under silo grant regions only with dom0 as the granter",
+            "regions work either way; grant regions are refused, as under silo a guest may map "
+            "grants of dom0 alone",
             hint="say xsm=dummy on Xen's command line to have grants between guests",
         )
     return Finding(
