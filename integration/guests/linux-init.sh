@@ -175,7 +175,8 @@ find_by_devicetree() {
 # Regions that the guest maps itself, by their ids; what the helper says, the guest says.
 helper() { xshm-guest "$@" 2>&1 | while read -r line; do say "$line"; done; }
 await_word() {
-  while echo 'get 0'; do pause; done | xshm-guest map -r "$1" | grep -q "^got $(printf '0x%x' "$seed")\$"
+  wanted="^got $(printf '0x%x' "$seed")\$"
+  until while echo 'get 0'; do pause; done | xshm-guest map -r "$1" 2>&1 | grep -q "$wanted"; do pause; done
   say "seen $seed in $1"
 }
 once() {

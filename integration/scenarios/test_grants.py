@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from integration.scenarios.conftest import booted
 from integration.scenarios.guest import MIB, Entry, Guest
-from integration.scenarios.host import Host, detach
+from integration.scenarios.host import Host, add, attach, detach, remove
 
 SIZE = 34 * MIB
 """More than one grant table serves four members with."""
@@ -93,12 +94,17 @@ def _check_withdrawal(host: Host, owner: Guest, reader: Guest, region: str) -> N
     host.wait(lambda: not host.regions(), "the region is gone")
 
 
+@pytest.mark.counts_as(2)
 def test_a_guest_that_reboots_finds_its_region_anew(host: Host) -> None:
-    """Its new domain has a new number, and references of its own."""
-    region = host.unique("again")
-    guest = linux(
-        host, "again", entry(host, region, size=MIB), do=f"granted-once:{region},granted-list"
+    """Its new domain has a new number, and references of its own.
+
+    While it runs it is given another region, which it loses again to the next daemon.
+    """
+    region, more = host.unique("again"), host.unique("more")
+    verbs = (
+        f"granted-once:{region},granted-list,granted-await:{more},granted-await-withdrawal:{more}"
     )
+    guest = linux(host, "again", entry(host, region, size=MIB), do=verbs)
     host.create(guest, etc=True)
     first = host.domid(guest)
     host.wait_said(guest, "reboot")
@@ -108,5 +114,14 @@ def test_a_guest_that_reboots_finds_its_region_anew(host: Host) -> None:
     assert second not in (None, first)
     assert host.region(region)["members"][0]["domainId"] == second
     assert "grants=" in told
+    made = add(more, MIB)
+    made["add"]["terms"] = {"transport": "grant"}
+    host.apply(made, attach(guest, more, host.at + MIB, MIB))
+    host.poke(more, 0, 0, SEED)
+    host.wait_said(guest, f"seen {SEED} in {more}")
+    host.stop_daemon(signal.SIGKILL)
+    host.start_daemon()
+    host.apply(detach(guest, more), remove(more))
+    host.wait_said(guest, f"withdrawn {more}")
     host.destroy(guest)
-    host.wait(lambda: not host.regions(), "the region is gone")
+    host.wait(lambda: not host.regions(), "the regions are gone")
