@@ -11,7 +11,7 @@ import trio
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock
 
-from xshmd.engine import leases
+from xshmd.engine import leases, reconciler
 from xshmd.errors import Conflict, NoSuchRegion, Refused
 from xshmd.model import (
     AddRegion,
@@ -270,6 +270,24 @@ async def test_a_dead_process_whose_connection_somebody_keeps_open(
         await host.check_clean()
         assert program.told == "process ended"
         program.scope.cancel()
+
+
+async def test_the_death_of_a_process_is_noticed_though_nothing_else_happens(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        program = await Program(host, nursery).lease(daemon, "r")
+        program.lets_go = False
+        await trio.sleep(100)
+        assert program.has
+        del host.processes.living[PROCESS.pid]
+        await trio.sleep(reconciler.PROCESSES_S + 1)
+        assert leased(daemon) == ()
+        program.scope.cancel()
+        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await host.check_clean()
 
 
 async def test_a_holder_that_somebody_destroys_ends_its_leases(

@@ -105,6 +105,27 @@ async def test_an_attach_to_a_running_guest(autojump_clock: MockClock) -> None:
         await host.check_clean()
 
 
+async def test_a_guest_that_files_link_to_a_group_is_in_it(autojump_clock: MockClock) -> None:
+    """Though the guest that links the two is not there: they have one holder from the start."""
+    async with world() as host:
+        await host.start()
+        allowed = (
+            Allowed(name="x", guests=("a", "b"), place=AT),
+            Allowed(name="y", guests=("b", "c"), place=AT),
+        )
+        host.finder.rules = HostPolicy(allowed=allowed)
+        a = await host.tools.create(host.config("a", host.request("r")))
+        linking = host.config("b", host.borrow("r"), host.request("s", at=64))
+        with pytest.raises(XlFailed):
+            await host.tools.create(host.config("c", host.borrow("s")))
+        del host.finder.files["b"], host.finder.files["c"]
+        c = await host.tools.create(host.config("c", host.request("s")))
+        for made in (a, c):
+            await host.tools.destroy(made)
+        assert linking.requests
+        await host.check_clean()
+
+
 async def test_who_reboots_finds_what_he_had_whatever_the_limits_are_by_now(
     autojump_clock: MockClock,
 ) -> None:

@@ -88,11 +88,7 @@ def map_frames(
         xen.close()
         on_unmapped()
 
-    whole = pages.into_view(unmapped)
-    try:
-        return whole[part.skip_bytes : part.skip_bytes + part.nr_bytes]
-    finally:
-        whole.release()
+    return pages.into_view(unmapped)[part.skip_bytes : part.skip_bytes + part.nr_bytes]
 
 
 MAPPERS: Final[Mapping[str, Mapper]] = MappingProxyType(

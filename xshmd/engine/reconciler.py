@@ -451,9 +451,11 @@ class Reconciler:
     async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:
         lease_id = secrets.token_hex(8)
         try:
-            yield await self._ask_for(
+            held = await self._ask_for(
                 lambda: self._leases.begin(lease_id, region_id, prot, process)
             )
+            self._hint()  # from now on there are looks at whether the process lives
+            yield held
         finally:
             # After whatever of the beginning may still be in the queue.
             self._put.send_nowait(lambda: self._leases.end(lease_id))
