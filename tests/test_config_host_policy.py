@@ -154,3 +154,14 @@ def test_check_holds_files_against_it(tmp_path: Path, capsys: pytest.CaptureFixt
     policy.write_text("[limits]\nregion = 3\n")
     assert main(["check", "--arch", "x86_64", *files]) == 5
     assert "did you mean 'regions'?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["xl", "toml", "dts"])
+def test_other_forms_have_no_word_for_it(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "xshmd.toml").write_text(TEXT)
+    argv = ["convert", "--arch", "arm64", "--to", form, str(tmp_path / "xshmd.toml")]
+    assert main(argv) == 0
+    assert "limits and allow-lists" in capsys.readouterr().err
+    assert main([*argv, "--strict"]) == 5

@@ -18,7 +18,7 @@ from xshmd.config.findings import errors_of
 from xshmd.config.joining import agreed, by_name, is_open, joined, put_together, sizes_of
 from xshmd.config.lookup import drop_ins_beside
 from xshmd.errors import XshmError
-from xshmd.model import Arch, Declarations, GuestConfig
+from xshmd.model import NO_POLICY, Arch, Declarations, GuestConfig
 
 _TREE_SUFFIXES: Final = (".dts", ".dtb", ".dtsi", ".dtbo")
 _TREE_MAGIC: Final = b"\xd0\x0d\xfe\xed"
@@ -120,6 +120,13 @@ def render(declarations: Declarations, form: Form, arch: Arch) -> tuple[str, tup
     Returns:
         The text; and what it does not say, a sentence each.
     """
+    text, losses = _rendered(declarations, form, arch)
+    if declarations.policy != NO_POLICY:
+        losses = (*losses, "limits and allow-lists are of no region: they stay in xshmd.toml")
+    return text, losses
+
+
+def _rendered(declarations: Declarations, form: Form, arch: Arch) -> tuple[str, tuple[str, ...]]:
     match form:
         case Form.XL:
             from xshmd.config.xl_write import render_xl
