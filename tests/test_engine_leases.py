@@ -312,15 +312,14 @@ async def test_what_no_lease_is_given_of(autojump_clock: MockClock, nursery: tri
         await daemon.engine.apply([AddRegion(config=config)])
         ledger = daemon.engine._ledger
         (region,) = ledger.regions
-        for terms, prot, rule in (
-            (RegionTerms(prot=Prot.RO), Prot.RW, "prot-above-owner"),
-            (RegionTerms(isolation=Isolation.SEALED), Prot.RO, "lease-isolation"),
+        for terms, prot, why in (
+            (RegionTerms(prot=Prot.RO), Prot.RW, "prot=ro"),
+            (RegionTerms(isolation=Isolation.SEALED), Prot.RO, "sealed"),
         ):
             await ledger.put_region(dataclasses.replace(region, terms=terms))
-            with pytest.raises(Refused) as refusal:
+            with pytest.raises(Refused, match=why):
                 async with daemon.engine.lease("r", prot, PROCESS):
                     pass
-            assert refusal.value.facts["rule"] == rule
         await ledger.put_region(region)
         with pytest.raises(NoSuchRegion):
             async with daemon.engine.lease("s", Prot.RO, PROCESS):

@@ -15,13 +15,19 @@ from xshmd.errors import OutOfMemory, Refused, XshmError
 from xshmd.model import (
     NO_POLICY,
     Allowed,
+    Declarations,
     HostPolicy,
+    Isolation,
     Lease,
     Limit,
     Limits,
     Place,
     Process,
     Prot,
+    RegionConfig,
+    RegionTerms,
+    Snapshot,
+    Transport,
 )
 from xshmd.policy import quota_rules
 from xshmd.policy.holdings import NOTHING, Holdings
@@ -139,13 +145,35 @@ GOOD = (
     Case(rule="", policy=TWO_SETS, after=PAIR),
     Case(
         rule="", policy=TWO_SETS, before=holdings({"a": {"r": 4}, "b": {"r": 4}}, r=4),
-        after=dataclasses.replace(CHAIN, granted=frozenset({"s"})),
+        after=dataclasses.replace(CHAIN, closed=frozenset({"s"})),
+    ),
+    Case(
+        rule="", policy=TWO_SETS, before=holdings({"a": {"r": 4}, "b": {"r": 4}}, r=4),
+        after=dataclasses.replace(
+            holdings(CHAIN.guests, dict.fromkeys("abc", "h"), r=4, s=2), closed=frozenset("rs")
+        ),
     ),
     Case(
         rule="", policy=TWO_SETS,
         after=holdings({"a": {"r": 4}, "c": {"s": 2}}, {"a": "h", "c": "i"}, r=4, s=2),
     ),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("terms", "is_closed"),
+    [
+        (RegionTerms(), False),
+        (RegionTerms(isolation=Isolation.GROUP), False),
+        (RegionTerms(isolation=Isolation.SEALED), True),
+        (RegionTerms(transport=Transport.GRANT), True),
+    ],
+)
+def test_which_regions_open_nothing_but_themselves(terms: RegionTerms, is_closed: bool) -> None:
+    assert Holdings.of(Snapshot(), {"r": terms}).closed == ({"r"} if is_closed else set())
+    region = RegionConfig(region_id="r", nr_frames=1, terms=terms)
+    said = Declarations(regions=(region,))
+    assert Holdings.of_files(said).closed == ({"r"} if is_closed else set())
 
 
 def found(case: Case) -> list[XshmError]:

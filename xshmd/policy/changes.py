@@ -30,12 +30,14 @@ from xshmd.model import (
     Lifetime,
     RegionConfig,
     RegionRequest,
+    RegionTerms,
     RemoveRegion,
     Role,
     Snapshot,
     Step,
 )
 from xshmd.policy import quota_rules, refusals, rules
+from xshmd.policy.definitions import terms_by_id
 from xshmd.policy.entry_rules import overlapping
 from xshmd.policy.grants import granted_ids, guest_without, without
 from xshmd.policy.grouping import Homes, Link, assign_homes
@@ -159,6 +161,7 @@ class _Planner:
         self._known, self._domains = tuple(known), tuple(domains)
         self._regions = {region.region_id: region for region in snapshot.regions}
         self._granted: frozenset[str] = frozenset()
+        self._terms: Mapping[str, RegionTerms] = {}
         """The regions that guests map themselves."""
         self._members: dict[str, _Member] = {}
         self._broken: list[XshmError] = []
@@ -201,7 +204,7 @@ class _Planner:
         return dataclasses.replace(plan, steps=steps_of(plan, self._regions))
 
     def _check_quotas(self, plan: ChangePlan) -> None:
-        before = Holdings.of(self._snapshot, self._granted)
+        before = Holdings.of(self._snapshot, self._terms)
         made = {new.region_id: new.nr_fresh_frames for new, _ in plan.creates}
         after = before.with_regions(made, plan.removes)
         for member, change in zip(self._members.values(), plan.guests, strict=True):
@@ -328,7 +331,9 @@ class _Planner:
         attaching = [
             GuestConfig(name=member.guest.name, requests=tuple(member.attach)) for member in members
         ]
-        self._granted = granted_ids(self._snapshot.regions, defined, (*self._known, *attaching))
+        configs = (*self._known, *attaching)
+        self._terms = terms_by_id(self._snapshot.regions, defined, configs)
+        self._granted = granted_ids(self._snapshot.regions, defined, configs)
         arch = self._host.arch
         self._broken += rules.check_definitions(tuple(added.values()), others=others, arch=arch)
         for config in added.values():

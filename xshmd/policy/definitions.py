@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from xshmd.model import (
     NOWHERE,
     Backing,
+    GuestConfig,
     Place,
     Region,
     RegionConfig,
@@ -133,3 +134,24 @@ def terms_of(request: RegionRequest) -> RegionTerms:
     if (terms.prot, terms.cache_policy) == said:
         return terms
     return dataclasses.replace(terms, prot=request.prot, cache_policy=request.cache_policy)
+
+
+def terms_by_id(
+    regions: Iterable[Region], defined: Iterable[RegionConfig], configs: Iterable[GuestConfig]
+) -> dict[str, RegionTerms]:
+    """Return the terms of every region that is known of.
+
+    Args:
+        regions: Those that exist, which are as they are whatever anybody says.
+        defined: What is defined apart from any guest.
+        configs: What guests say.
+    """
+    there = {region.region_id: region.terms for region in regions}
+    said = {config.region_id: config.terms for config in defined}
+    said |= {
+        request.region_id: request.terms
+        for config in configs
+        for request in config.requests
+        if request.role is Role.OWNER
+    }
+    return said | there

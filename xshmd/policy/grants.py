@@ -22,9 +22,9 @@ from xshmd.model import (
     Piece,
     Region,
     RegionConfig,
-    Role,
     Transport,
 )
+from xshmd.policy.definitions import terms_by_id
 from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, Gfn
 
 ENTRIES_PER_FRAME: Final = PAGE_SIZE // 8
@@ -49,20 +49,9 @@ def granted_ids(
 ) -> frozenset[str]:
     """Return the ids of the regions that their members map themselves.
 
-    Args:
-        regions: Those that exist, which are as they are whatever anybody says.
-        defined: What is defined apart from any guest.
-        configs: What guests say.
+    The arguments are those of :func:`~xshmd.policy.definitions.terms_by_id`.
     """
-    there = {region.region_id: region.terms for region in regions}
-    said = {config.region_id: config.terms for config in defined}
-    said |= {
-        request.region_id: request.terms
-        for config in configs
-        for request in config.requests
-        if request.role is Role.OWNER
-    }
-    terms = said | there
+    terms = terms_by_id(regions, defined, configs)
     return frozenset(one for one, its in terms.items() if its.transport is Transport.GRANT)
 
 

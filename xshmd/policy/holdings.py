@@ -16,12 +16,14 @@ from xshmd.model import (
     GuestState,
     Place,
     RegionRequest,
+    RegionTerms,
     Role,
     Snapshot,
+    Transport,
 )
-from xshmd.policy.definitions import terms_of
-from xshmd.policy.grants import granted_ids
+from xshmd.policy.definitions import terms_by_id, terms_of
 
+NO_TERMS: Final[Mapping[str, RegionTerms]] = {}
 _UNMADE = (GuestState.HELD, GuestState.DOOMED)
 """States of guests that have nothing yet, or never will."""
 
@@ -36,18 +38,18 @@ class Holdings:
     """Of each guest, how many frames of each of its regions it has."""
     homes: Mapping[str, str]
     """The holder of each guest that has one, or the name of one to be made."""
-    granted: frozenset[str] = frozenset()
-    """The regions that guests map themselves: to have one in common opens nothing else."""
+    closed: frozenset[str] = frozenset()
+    """The regions that open nothing but themselves: sealed ones, and those that guests map."""
     places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
     """Where it was written what a region is, or that a guest has it."""
 
     @classmethod
-    def of(cls, snapshot: Snapshot, granted: frozenset[str] = frozenset()) -> Holdings:
+    def of(cls, snapshot: Snapshot, terms: Mapping[str, RegionTerms] = NO_TERMS) -> Holdings:
         """Return what exists.
 
         Args:
             snapshot: All of it.
-            granted: The regions that guests map themselves, those that are to be made among them.
+            terms: Those of all regions, of those that are to be made too.
         """
         guests = [guest for guest in snapshot.guests if guest.state not in _UNMADE]
         return cls(
@@ -57,7 +59,7 @@ class Holdings:
             },
             guests={guest.name: _frames(guest.requests) for guest in guests},
             homes={guest.name: guest.holder_uuid for guest in guests if guest.holder_uuid},
-            granted=granted,
+            closed=_closed(terms),
         )
 
     @classmethod
@@ -78,7 +80,7 @@ class Holdings:
             regions=regions,
             guests={guest.name: _frames(guest.requests) for guest in said.guests if guest.requests},
             homes={},
-            granted=granted_ids((), said.regions, said.guests),
+            closed=_closed(terms_by_id((), said.regions, said.guests)),
             places=places | _places(said.guests),
         )
 
@@ -111,9 +113,10 @@ class Holdings:
         members: dict[str, list[str]] = defaultdict(list)
         """Of each holder and each region, told apart by a word before it."""
         for name, home in self.homes.items():
-            members[f"holder {home}"].append(name)
+            if not self.guests.get(name, {}).keys() & self.closed:
+                members[f"holder {home}"].append(name)
         for name, had in self.guests.items():
-            for region_id in had.keys() - self.granted:
+            for region_id in had.keys() - self.closed:
                 members[f"region {region_id}"].append(name)
         group_of = {name: {name} for name in (*self.guests, *self.homes)}
         for first, *others in members.values():
@@ -127,6 +130,14 @@ class Holdings:
 
 
 NOTHING: Final = Holdings(regions={}, guests={}, homes={})
+
+
+def _closed(terms: Mapping[str, RegionTerms]) -> frozenset[str]:
+    return frozenset(
+        region_id
+        for region_id, its in terms.items()
+        if its.is_sealed or its.transport is Transport.GRANT
+    )
 
 
 def _frames(requests: Iterable[RegionRequest]) -> dict[str, int]:

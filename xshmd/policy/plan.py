@@ -28,7 +28,7 @@ from xshmd.model import (
     Transport,
 )
 from xshmd.policy import quota_rules, rules
-from xshmd.policy.definitions import terms_of
+from xshmd.policy.definitions import terms_by_id, terms_of
 from xshmd.policy.grants import granted_ids, guest_without, room_bytes, without
 from xshmd.policy.grouping import choose_holder, movable_regions
 from xshmd.policy.holdings import Holdings
@@ -162,7 +162,7 @@ def plan_guest(
         movable=tuple(movable),
         needs_holder=bool(mapped.requests),
     )
-    before = Holdings.of(snapshot, granted)
+    before = Holdings.of(snapshot, terms_by_id(snapshot.regions, defined, (*others, config)))
     made = {new.region_id: new.nr_fresh_frames for new in plan.new_regions}
     home = plan.holder_uuid if plan.needs_holder else None
     after = before.with_regions(made).with_guest(config.name, plan.requests, home or "")
