@@ -21,12 +21,15 @@ from fuzz import vhost_user
 from xshmd.config import static_shm, xlcfg
 from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
+from xshmd.config.host_policy import read_policy
 from xshmd.config.toml import read_toml
 from xshmd.config.toml_write import render_toml
 from xshmd.config.xl_command import create_arguments
 from xshmd.engine import intents, records
 from xshmd.errors import ConfigError, ConfigUnreadable, StoreError, UsageError
 from xshmd.model import Arch, AttachRegion, PeerState, Place, RegionRequest
+from xshmd.policy import quota_rules
+from xshmd.policy.holdings import NOTHING, Holdings
 from xshmd.share import control_page
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE
 from xshmd.varlink import idl
@@ -108,6 +111,19 @@ def toml(data: bytes) -> None:
     assert [config.name for config in again.guests] == [config.name for config in said.guests]
 
 
+def host_policy(data: bytes) -> None:
+    """What the administrator allows; whatever it is, guests can be held against it."""
+    try:
+        said = read_policy(data, file=f"{FILE}.toml")
+    except (ConfigError, ConfigUnreadable):
+        return
+    one = Holdings(regions={"r": 1}, guests={"a": {"r": 1}, "b": {"r": 1}}, homes={})
+    for error in quota_rules.broken(
+        quota_rules.Growth(before=NOTHING, after=one, policy=said, free_bytes=0)
+    ):
+        assert f"{FILE}.toml" in error.hint, error.hint
+
+
 def devicetree(data: bytes) -> None:
     """A flattened device tree."""
     try:
@@ -165,7 +181,9 @@ _PAYLOADS: Final[tuple[Callable[[bytes], object], ...]] = (
 
 def record(data: bytes) -> None:
     """A record of ours that something else has written over."""
-    for kind in (records.decode_holder, records.decode_region, records.decode_guest):
+    for kind in (
+        records.decode_holder, records.decode_region, records.decode_guest, records.decode_lease,
+    ):  # fmt: skip
         try:
             text = data.decode()
             found = kind("/xshmd/x/y", text)
@@ -311,6 +329,13 @@ TARGETS: Final = {
             words=_words("""[region.r] [region.r.guest.g] [guest.g] size = "1_MiB" owner begin
                 offset prot "rw" "ro" role lifetime "members" backing "host" host_address 0x1000
                 true external memory_map [[ ]] { } inf 1979-05-27 ''' # ."""),
+        ),
+        Target(
+            name="host-policy",
+            run=host_policy,
+            words=_words("""[limits] [allow.x] regions = 1 members leases memory "1_MiB" guests
+                regions_per_guest memory_per_guest free_memory dom0 true ["*"] ["a","b"] [] {} 0
+                -1 18446744073709551616 [!a] [[ ]] ."""),
         ),
         Target(
             name="devicetree",
