@@ -7,7 +7,8 @@ Here for ordinary programs; :mod:`xshmd.client.on_trio` has the same for trio.  
 
 from __future__ import annotations
 
-from xshmd.client.sync import Connection, Lease, Region, connect
+from xshmd.client.lease import Lease
+from xshmd.client.sync import Connection, Region, connect
 from xshmd.errors import XshmError
 
 __all__ = ["Connection", "Lease", "Region", "XshmError", "connect"]

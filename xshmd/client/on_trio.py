@@ -13,9 +13,11 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from xshmd.client import lease as plain
 from xshmd.client import sync
+from xshmd.client.lease import RENEW_S
 from xshmd.client.mapping import Opener, open_xen
-from xshmd.client.sync import DEFAULT_TIMEOUT_S, RENEW_S
+from xshmd.client.sync import DEFAULT_TIMEOUT_S
 from xshmd.errors import DaemonUnreachable
 from xshmd.model import Prot
 from xshmd.varlink.client import DEFAULT_PATH
@@ -89,7 +91,7 @@ class Region:
 class Lease:
     """This process' membership of a region; see :class:`xshmd.client.Lease`."""
 
-    def __init__(self, lease: sync.Lease) -> None:
+    def __init__(self, lease: plain.Lease) -> None:
         self._sync = lease
         self.region_id, self.prot, self.size_bytes = lease.region_id, lease.prot, lease.size_bytes
 
