@@ -332,3 +332,47 @@ async def test_trio_takes_a_lease_up_again(tmp_path: Path, memory: Dom0Memory) -
                 nursery.start_soon(ask_back)
                 assert await lease.wait_ending() == "enough"
             await attached.__aexit__(None, None, None)
+
+
+# -- watches --------------------------------------------------------------------------------------
+
+
+def test_a_byte_that_is_watched(xshmd: client.Connection, api: FakeRegions) -> None:
+    region = xshmd.region("r0")
+    with region.watch(64, counter_offset_bytes=8) as watch:
+        assert [place for place, _ in api.watched] == [("r0", 64, 8)]
+        assert watch.wait(0) is False
+        assert region.trigger(64) == 1
+        assert watch.wait(PATIENCE_S) is True
+        assert watch.wait(0) is False
+        assert region.trigger(65) == 1
+    until(lambda: not api.watched)
+
+
+def test_what_cannot_be_watched(xshmd: client.Connection, api: FakeRegions) -> None:
+    region = xshmd.region("r0")
+    api.refusal = Refused("region r0 has no doorbells, so nobody can watch it")
+    with pytest.raises(Refused):
+        region.watch(64)
+    with pytest.raises(Refused):
+        region.trigger(64)
+
+
+def test_a_watch_ends_with_the_daemon(tmp_path: Path, api: FakeRegions) -> None:
+    path = str(tmp_path / "socket")
+    with daemon(tmp_path / "socket", api), client.connect(path) as connection:
+        watch = connection.region("r0").watch(0)
+    with watch, pytest.raises(DaemonUnreachable):
+        watch.wait(PATIENCE_S)
+
+
+async def test_a_watch_on_trio(path: str, api: FakeRegions) -> None:
+    async with on_trio.connect(path) as connection:
+        region = await connection.region("r0")
+        async with region.watch(64) as watch:
+            with trio.move_on_after(0.01) as early:
+                await watch.wait()
+            assert early.cancelled_caught
+            assert await region.trigger(64) == 1
+            with trio.fail_after(PATIENCE_S):
+                await watch.wait()

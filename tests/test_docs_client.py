@@ -73,8 +73,9 @@ def test_an_example(
 
 
 def test_there_are_examples_of_all_of_it() -> None:
-    assert len(EXAMPLES) == 6
-    for words in (".regions()", ".map(", ".attach(", "wait_ending", "on_trio", "from_buffer"):
+    assert len(EXAMPLES) == 7
+    words_of_it = (".regions()", ".map(", ".attach(", "wait_ending", "on_trio", "from_buffer")
+    for words in (*words_of_it, ".watch(", ".trigger("):
         assert any(words in text for text in EXAMPLES)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from xshmd.client.lease import Lease
 from xshmd.client.sync import Connection, Region, connect
+from xshmd.client.watches import Watch
 from xshmd.errors import XshmError
 
-__all__ = ["Connection", "Lease", "Region", "XshmError", "connect"]
+__all__ = ["Connection", "Lease", "Region", "Watch", "XshmError", "connect"]

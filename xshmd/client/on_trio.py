@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from xshmd.client import lease as plain
-from xshmd.client import sync
+from xshmd.client import sync, watches
 from xshmd.client.lease import RENEW_S
 from xshmd.client.mapping import Opener, open_xen
 from xshmd.client.sync import DEFAULT_TIMEOUT_S
@@ -22,7 +22,7 @@ from xshmd.errors import DaemonUnreachable
 from xshmd.model import Prot
 from xshmd.varlink.client import DEFAULT_PATH
 
-__all__ = ["Connection", "Lease", "Region", "connect"]
+__all__ = ["Connection", "Lease", "Region", "Watch", "connect"]
 
 
 @asynccontextmanager
@@ -86,6 +86,36 @@ class Region:
             lease.map(offset_bytes=offset_bytes, size_bytes=size_bytes) as memory,
         ):
             yield memory
+
+    async def trigger(self, offset_bytes: int) -> int:
+        """Wake whoever watches a byte of the region; return how many were."""
+        return await trio.to_thread.run_sync(self._sync.trigger, offset_bytes)
+
+    @asynccontextmanager
+    async def watch(
+        self, offset_bytes: int, *, counter_offset_bytes: int | None = None
+    ) -> AsyncIterator[Watch]:
+        """Watch a byte of the region for the body."""
+        watch = await trio.to_thread.run_sync(
+            lambda: self._sync.watch(offset_bytes, counter_offset_bytes=counter_offset_bytes)
+        )
+        with watch:
+            yield Watch(watch)
+
+
+class Watch:
+    """A byte of a region that is watched; see :class:`xshmd.client.Watch`."""
+
+    def __init__(self, watch: watches.Watch) -> None:
+        self._sync = watch
+
+    def __repr__(self) -> str:
+        return repr(self._sync)
+
+    async def wait(self) -> None:
+        """Wait until the byte was triggered, or may have been."""
+        while not self._sync.wait(0):
+            await trio.lowlevel.wait_readable(self._sync.fileno())
 
 
 class Lease:

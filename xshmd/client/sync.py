@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from xshmd.client.lease import Lease
 from xshmd.client.mapping import Opener, open_xen
+from xshmd.client.watches import Watch
 from xshmd.errors import UsageError
 from xshmd.model import Lifetime, Prot
 from xshmd.varlink.client import DEFAULT_PATH, Client
@@ -73,6 +74,18 @@ class Connection:
             region_id, _prot(prot), path=self._path, timeout_s=self._timeout_s, xen=self._xen
         )
 
+    def watch(self, region_id: str, offset_bytes: int, counter_offset_bytes: int | None) -> Watch:
+        """Watch a byte of a region; see :meth:`Region.watch`."""
+        return Watch(
+            region_id, offset_bytes, counter_offset_bytes,
+            path=self._path, timeout_s=self._timeout_s,
+        )  # fmt: skip
+
+    def trigger(self, region_id: str, offset_bytes: int) -> int:
+        """Wake whoever watches a byte of a region; see :meth:`Region.trigger`."""
+        reply = self._client.call("Trigger", id=region_id, offsetBytes=offset_bytes)
+        return int(reply["woken"])
+
 
 class Region:
     """A region as it was when it was asked for."""
@@ -105,6 +118,29 @@ class Region:
             DaemonUnreachable: nobody answers.
         """
         return self._connection.lease(self.id, prot)
+
+    def watch(self, offset_bytes: int, *, counter_offset_bytes: int | None = None) -> Watch:
+        """Watch a byte of the region, which has to have doorbells.  Use it with ``with``.
+
+        Args:
+            offset_bytes: Which byte.
+            counter_offset_bytes: An aligned 32-bit word of the region that each trigger
+                decrements: the watch wakes when that becomes 0.  None: it wakes each time.
+
+        Raises:
+            UsageError: one of the two is not in the region.
+            NoSuchRegion, Conflict, Refused: it is gone, or cannot be watched.
+            DaemonUnreachable: nobody answers.
+        """
+        return self._connection.watch(self.id, offset_bytes, counter_offset_bytes)
+
+    def trigger(self, offset_bytes: int) -> int:
+        """Wake whoever watches a byte of the region, guests and programs; return how many were.
+
+        Raises:
+            UsageError, NoSuchRegion, Conflict, Refused, DaemonUnreachable: as :meth:`watch`.
+        """
+        return self._connection.trigger(self.id, offset_bytes)
 
     @contextlib.contextmanager
     def map(
