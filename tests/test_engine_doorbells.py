@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import struct
 
@@ -229,6 +230,23 @@ async def test_a_guest_that_may_have_no_more_ports_is_refused(autojump_clock: Mo
         host.channels.max_port = lambda domid: 4
         with pytest.raises(XlFailed):
             await host.tools.create(_pair(host)[0])
+        await host.check_clean()
+
+
+async def test_a_line_that_cannot_be_had_now_is_had_later(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        host.channels.bind_errors = [errno.ENOSPC, errno.ENOMEM]
+        a, b = [await host.tools.create(config) for config in _pair(host)]
+        await trio.sleep(3)
+        for guest in (a, b):
+            host.channels.guest_takes(guest.domid)
+        _ring(host, daemon, a, 1)
+        assert _rung_by(host, daemon, b) == {0}
+        _ring(host, daemon, b, 0)
+        assert _rung_by(host, daemon, a) == {1}
+        for guest in (a, b):
+            await host.tools.end(guest)
         await host.check_clean()
 
 

@@ -45,6 +45,8 @@ class SimulatedEventChannels:
         self._wake = trio.Event()
         self.taken_at_birth = 0
         """How many ports a new domain has already: libxl's, for store and console."""
+        self.bind_errors: list[int] = []
+        """What the next calls of bind fail with, such as dom0's running out of ports."""
         self.max_port: Callable[[DomId], int] = lambda domid: 1023
 
     # -- domains ----------------------------------------------------------------------------------
@@ -79,6 +81,8 @@ class SimulatedEventChannels:
 
     def bind(self, domid: DomId, port: int) -> int:
         call = "EVTCHNOP_bind_interdomain"
+        if self.bind_errors:
+            raise failure(call, domid, self.bind_errors.pop(0), port=port)
         found = self.ports(domid, call).get(port)
         if found is None or found.remote != DOMID_0 or found.remote_port:
             raise failure(call, domid, errno.EINVAL, port=port)

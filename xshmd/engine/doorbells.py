@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -238,15 +239,21 @@ class Doorbells:
         for bell in self._lines.keys() - wanted.keys():
             self._unbind(bell)
         self._lost &= wanted.keys()
+        failed: list[HypercallFailed] = []
         for bell, (guest, port) in wanted.items():
             if bell not in self._lines and bell not in self._lost:
-                self._bind(bell, guest, port)
+                try:
+                    self._bind(bell, guest, port)
+                except HypercallFailed as error:  # one line's trouble is not the others'
+                    failed.append(error)
         self._connect()
         belled = [region for region in self._ledger.regions if region.terms.doorbells]
         places = {(region.holder_uuid, _control_gfn(region)) for region in belled}
         self._told = {where: rows for where, rows in self._told.items() if where in places}
         for region in belled:
             self._tell(region)
+        if failed:
+            raise failed[0]
         self._seen = seen
 
     def _here(self) -> list[Guest]:
@@ -264,10 +271,12 @@ class Doorbells:
         except DomainGone:
             return  # the next look finds it gone
         except HypercallFailed as error:
+            if error.errno != errno.EINVAL:
+                raise
             self._lost.add(bell)
             log.warning(
                 "doorbell lost", guest=guest.name, domid=guest.domid, region=bell.region_id,
-                port=port, reason=f"the guest has closed it, it seems: {error.one_line()}",
+                port=port, reason="the guest has closed its port",
             )  # fmt: skip
             return
         self._lines[bell] = line

@@ -146,12 +146,13 @@ def doorbells(definition: Definition, said: Said, arch: Arch | None) -> Findings
             f"{what} and a single page, which would be the control page",
             "give it one page more",
         )
-    if terms.backing is Backing.HOST or terms.transport is Transport.GRANT or terms.is_sealed:
+    other = (terms.backing, terms.transport, terms.isolation)
+    if any(one in other for one in (Backing.HOST, Transport.GRANT, Isolation.SEALED)):
         yield refused(
             "doorbells",
             definition.place,
-            f"{what}, and is not memory of a holder that xshmd can always reach",
-            "leave doorbells, or backing=host, transport=grant or isolation=sealed out",
+            f"{what}, and xshmd cannot reach its memory while its guests run",
+            "leave out doorbells, or backing=host, transport=grant or isolation=sealed",
         )
 
 
