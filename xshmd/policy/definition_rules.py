@@ -15,6 +15,7 @@ from xshmd.model import (
     MAX_REGION_ID_LENGTH,
     Arch,
     Backing,
+    Isolation,
     Lifetime,
     RegionTerms,
     Transport,
