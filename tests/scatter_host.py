@@ -29,11 +29,16 @@ class Host:
     def __init__(self, host: World, daemon: Daemon, scatter: Scatter) -> None:
         self.world, self.daemon, self.scatter = host, daemon, scatter
         self.mediator = Mediator(scatter, daemon.engine)
+        daemon.engine.on_ring = self.mediator.hasten
         self.made: dict[str, Made] = {}
 
     async def create(self, name: str, offset: int, *, owner: bool = False) -> None:
         host = self.world
-        request = host.request("r", 40) if owner else host.borrow("r", 10, at=64, offset=offset)
+        request = (
+            host.request("r", 40, doorbells=4)
+            if owner
+            else host.borrow("r", 10, at=64, offset=offset)
+        )
         self.made[name] = await host.tools.create(host.config(name, request))
         await host.until(lambda: self.daemon.is_attached(name))
 
@@ -45,6 +50,20 @@ class Host:
             guest.requests for guest in self.daemon.engine.snapshot().guests if guest.name == name
         )
         return self.domid(name), request.first_gfn + offset // PAGE_SIZE, offset % PAGE_SIZE
+
+    def _dom0s_port(self, name: str) -> int:
+        guest = self.daemon.guest(name)
+        peer = guest.peer("r") if guest else None
+        assert peer is not None
+        return peer.ports[peer.peer_id]
+
+    def ring_dom0(self, name: str) -> None:
+        """As the guest does it."""
+        self.world.channels.guest_sends(self.domid(name), self._dom0s_port(name))
+
+    def rung_by_dom0(self, name: str) -> bool:
+        """Whether dom0 has rung the guest since it was last asked."""
+        return self._dom0s_port(name) in self.world.channels.guest_takes(self.domid(name))
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """As the guest does it."""

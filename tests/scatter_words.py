@@ -166,6 +166,9 @@ class Toy:
         self.memory.may_write = [bytes_of_part(part.guest)]
         await self._copies.write(region_id, part, data)
 
+    async def wake_part(self, region_id: str, part: Part) -> None:
+        pass
+
     async def copy_parts(
         self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
     ) -> int:

@@ -194,6 +194,23 @@ async def test_pages_that_are_quiet_are_looked_at_seldom(autojump_clock: MockClo
         assert host.world.xen.counts["map_pages"] - before <= 1 + 32 / mediator.MOST_S
 
 
+async def test_a_guest_that_rings_is_answered_at_once_and_rung(autojump_clock: MockClock) -> None:
+    async with hosted() as host:
+        (a,) = await opened(host, "a")
+        await trio.sleep(5)
+        host.rung_by_dom0("a")
+        for asked in range(3):
+            began = trio.current_time()
+            a.put(Operation.REGISTER_INPUT, [(8 * asked, 8)])
+            host.ring_dom0("a")
+            with trio.fail_after(PATIENCE_S):
+                while not host.rung_by_dom0("a"):  # noqa: ASYNC110 - the fake has no event
+                    await trio.sleep(0.001)
+            assert a.word(0x0C) == a.asked
+            assert trio.current_time() - began < 4 * mediator.LEAST_S
+            await trio.sleep(5)
+
+
 @pytest.mark.parametrize("how", ["destroy", "detach", "close"])
 async def test_a_page_ends_with_its_guests_part(autojump_clock: MockClock, how: str) -> None:
     async with hosted() as host:

@@ -110,6 +110,18 @@ async def test_who_waits_is_woken(autojump_clock: MockClock) -> None:
         assert seen == [3, 3]
 
 
+async def test_a_guest_with_doorbells_is_rung_when_its_list_is_done(
+    autojump_clock: MockClock,
+) -> None:
+    async with hosted() as host:
+        for name in ("a", "b"):
+            host.rung_by_dom0(name)
+        host.scatter.register("r", "b", IN, one(0, 8))
+        assert not host.rung_by_dom0("b")
+        await host.scatter.transfer("r", "a", "b", OUT, one(0, 3))
+        assert (host.rung_by_dom0("a"), host.rung_by_dom0("b")) == (False, True)
+
+
 async def test_nobody_comes_in_time(autojump_clock: MockClock) -> None:
     async with hosted() as host:
         posted = host.scatter.register("r", "b", IN, one(0, 8))

@@ -272,6 +272,9 @@ class NoCopier(PartCopier):
     async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
         raise NotImplementedError
 
+    async def wake_part(self, region_id: str, part: Part) -> None:
+        raise NotImplementedError
+
 
 def limits() -> Limits:
     return Limits(allowed_uids=frozenset({os.getuid()}))

@@ -691,3 +691,7 @@ class PartCopier(Protocol):
             NoSuchRegion, NoSuchGuest, OutOfRange, Refused: as :meth:`copy_parts`.
         """
         ...
+
+    async def wake_part(self, region_id: str, part: Part) -> None:
+        """Ring a part's guest, as dom0, if it has a doorbell in the region."""
+        ...

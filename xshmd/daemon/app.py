@@ -92,6 +92,7 @@ async def run(settings: Settings) -> None:
                 listener = server.open_listener(settings.socket_path)
                 scatter, buffers = Scatter(engine, engine), BufferMethods(xen)
                 mediator = Mediator(scatter, engine)
+                engine.on_ring = mediator.hasten
                 for part in (scatter, mediator, buffers):
                     await nursery.start(part.run)
                 lists = ListMethods(scatter, mediator)

@@ -163,6 +163,8 @@ class Reconciler:
         )  # fmt: skip
         # Unbounded, yet never long: looks are merged into one, and a client asks one thing at a
         # time.
+        self.on_ring: Callable[[str], None] = lambda region_id: None
+        """Called with each region in which a guest has rung dom0."""
         self._put, self._get = trio.open_memory_channel[Work](math.inf)
         self._look_due = False
         self._changed = trio.Event()
@@ -298,6 +300,7 @@ class Reconciler:
         async def look() -> None:
             self._watches.rung(region_id)
             self._doorbells.note_ready(region_id)
+            self.on_ring(region_id)
 
         try:
             await self._ask(look)
@@ -446,6 +449,15 @@ class Reconciler:
 
     async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
         await self._ask(lambda: self._copies.write(region_id, part, data))
+
+    async def wake_part(self, region_id: str, part: Part) -> None:
+        async def wake() -> None:
+            guest = self._ledger.guest(part.generation)
+            peer = guest.peer(region_id) if guest is not None else None
+            if peer is not None:
+                self._doorbells.ring(region_id, peer.peer_id)
+
+        await self._ask(wake)
 
     @asynccontextmanager
     async def lease(self, region_id: str, prot: Prot, process: Process) -> AsyncIterator[HeldLease]:

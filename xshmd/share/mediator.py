@@ -39,7 +39,8 @@ MAX_REQUEST_BYTES: Final = 1 << 20
 """Bytes that a guest may have copied by one request: others wait for as long as that takes."""
 LEAST_S: Final = 0.01
 MOST_S: Final = 0.32
-"""How often the pages are looked at: one request of each at a time, seldom if there are none."""
+"""How often the pages are looked at: one request of each at a time, seldom if there are none and
+nobody rings."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,6 +69,7 @@ class Mediator:
         self._scatter, self._copier = scatter, copier
         self._pages: dict[tuple[str, str], _Page] = {}
         self._opened = trio.Event()
+        self._rung = trio.Event()
 
     @property
     def nr_pages(self) -> int:
@@ -84,7 +86,16 @@ class Mediator:
                 await self._opened.wait()
             asked = [await self._look(page) for page in tuple(self._pages.values())]
             interval_s = LEAST_S if any(asked) else min(MOST_S, 2 * interval_s)
-            await trio.sleep(interval_s)
+            await trio.sleep(LEAST_S)
+            with trio.move_on_after(interval_s - LEAST_S):
+                await self._rung.wait()
+                interval_s = LEAST_S
+            self._rung = trio.Event()
+
+    def hasten(self, region_id: str) -> None:
+        """Look at once: a guest that has this region has rung."""
+        if any(page.region_id == region_id for page in self._pages.values()):
+            self._rung.set()
 
     # -- opening and closing --------------------------------------------------------------------
 
@@ -150,6 +161,7 @@ class Mediator:
             page.answered = request.number
             for at, piece in request_page.answer(request.number, status, result):
                 await self._write(page, at, piece)
+            await self._copier.wake_part(page.region_id, part)
         except (NoSuchGuest, NoSuchRegion):
             self._pages.pop((page.region_id, page.generation), None)
             return False

@@ -7,6 +7,7 @@ put up for it, and see nothing else of each other's: dom0, which sees it all, do
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -200,6 +201,8 @@ class Scatter:
             self._lists.cancel(posted.list_id, "the transfer was cut off")
             raise
         self._lists.finish(posted, nr_bytes)
+        with contextlib.suppress(XshmError):  # the bytes are there, and it can look
+            await self._copier.wake_part(region_id, posted.part)
         self.counts["transfers"] += 1
         self.counts["bytes_moved"] += nr_bytes
         log.debug(
