@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scatter_host import PART, Host, hosted
 from scatter_words import Toy
 from trio.testing import MockClock
+from varlink_fakes import OWNER, FakeRegions, NoCopier
 
 from xshmd.errors import (
     Conflict,
@@ -26,10 +27,12 @@ from xshmd.errors import (
     all_errors,
 )
 from xshmd.model import DetachRegion
-from xshmd.ranges import MAX_RANGES
+from xshmd.ranges import MAX_RANGES, Part
 from xshmd.share import mediator, request_page
+from xshmd.share.mediator import Mediator
 from xshmd.share.request_page import Operation, newest
-from xshmd.units import PAGE_SIZE
+from xshmd.share.scatter import Scatter
+from xshmd.units import PAGE_SIZE, DomId
 
 PAGE_AT = 9 * PAGE_SIZE
 """The last page of a guest's part."""
@@ -170,6 +173,42 @@ async def test_a_guest_that_lies_about_its_answers_changes_nothing(
         await trio.sleep(5)
         assert host.scatter.counts["lists_posted"] == 1
         assert host.read("a", PAGE_AT + 0x0C, 4) == bytes(4)
+
+
+class SlowCopier(NoCopier):
+    """Pages full of what somebody left there; one guest's take their time to be written."""
+
+    def __init__(self) -> None:
+        self.read_of: list[str] = []
+        self.may_go_on = trio.Event()
+
+    async def read_part(self, region_id: str, part: Part) -> bytes:
+        self.read_of.append(part.guest)
+        return b"\x01" * request_page.READ_BYTES
+
+    async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
+        if part.guest == "slow":
+            await self.may_go_on.wait()
+
+    async def wake_part(self, region_id: str, part: Part) -> None:
+        pass
+
+
+async def test_a_page_is_not_looked_at_before_it_is_cleared(autojump_clock: MockClock) -> None:
+    api, copier = FakeRegions(), SlowCopier()
+    slow = dataclasses.replace(OWNER, name="slow", generation="g7", domid=DomId(7))
+    api.now = dataclasses.replace(api.now, guests=(OWNER, slow))
+    asked = Mediator(Scatter(api, copier), copier)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(asked.run)
+        await asked.open("r0", "ctl", 0)
+        nursery.start_soon(asked.open, "r0", "slow", 0)
+        await trio.sleep(5)
+        assert set(copier.read_of) == {"ctl"}
+        copier.may_go_on.set()
+        await trio.sleep(5)
+        assert set(copier.read_of) == {"ctl", "slow"}
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_flood_is_answered_one_at_a_time(autojump_clock: MockClock) -> None:

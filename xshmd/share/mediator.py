@@ -50,6 +50,8 @@ class _Page:
     generation: str
     offset_bytes: int
     answered: int = 0
+    is_open: bool = False
+    """Whether what stood in it before is gone: that was no request."""
 
     def part(self, at: int, nr_bytes: int) -> Part:
         """Return some bytes of the page."""
@@ -84,7 +86,8 @@ class Mediator:
             if not self._pages:
                 self._opened = trio.Event()
                 await self._opened.wait()
-            asked = [await self._look(page) for page in tuple(self._pages.values())]
+            pages = [page for page in self._pages.values() if page.is_open]
+            asked = [await self._look(page) for page in pages]
             interval_s = LEAST_S if any(asked) else min(MOST_S, 2 * interval_s)
             await trio.sleep(LEAST_S)
             with trio.move_on_after(interval_s - LEAST_S):
@@ -133,6 +136,7 @@ class Mediator:
         except BaseException:
             self._pages.pop(key, None)
             raise
+        page.is_open = True
         self._opened.set()
 
     def close(self, region_id: str, guest: str) -> None:
