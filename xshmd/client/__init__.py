@@ -8,8 +8,9 @@ Here for ordinary programs; :mod:`xshmd.client.on_trio` has the same for trio.  
 from __future__ import annotations
 
 from xshmd.client.lease import Lease
+from xshmd.client.lists import PostedList
 from xshmd.client.sync import Connection, Region, connect
 from xshmd.client.watches import Watch
 from xshmd.errors import XshmError
 
-__all__ = ["Connection", "Lease", "Region", "Watch", "XshmError", "connect"]
+__all__ = ["Connection", "Lease", "PostedList", "Region", "Watch", "XshmError", "connect"]

@@ -10,19 +10,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 import trio
 
 from xshmd.client import lease as plain
-from xshmd.client import sync, watches
+from xshmd.client import lists, sync, watches
 from xshmd.client.lease import RENEW_S
+from xshmd.client.lists import DOM0, Ranges
 from xshmd.client.mapping import Opener, open_xen
 from xshmd.client.sync import DEFAULT_TIMEOUT_S
-from xshmd.errors import DaemonUnreachable
+from xshmd.errors import DaemonUnreachable, TimedOut
 from xshmd.model import Prot
 from xshmd.varlink.client import DEFAULT_PATH
 
-__all__ = ["Connection", "Lease", "Region", "Watch", "connect"]
+__all__ = ["Connection", "Lease", "PostedList", "Region", "Watch", "connect"]
+
+LOOK_S: Final = 0.1
+"""How often one looks whether a list is done."""
 
 
 @asynccontextmanager
@@ -44,21 +49,21 @@ class Connection:
     async def regions(self) -> tuple[Region, ...]:
         """Return every region there is, sorted by id."""
         found = await trio.to_thread.run_sync(self._sync.regions, limiter=self._one_at_a_time)
-        return tuple(Region(region) for region in found)
+        return tuple(Region(region, self._one_at_a_time) for region in found)
 
     async def region(self, region_id: str) -> Region:
         """Return one region; NoSuchRegion if there is none of this id."""
         found = await trio.to_thread.run_sync(
             self._sync.region, region_id, limiter=self._one_at_a_time
         )
-        return Region(found)
+        return Region(found, self._one_at_a_time)
 
 
 class Region:
     """A region as it was when it was asked for; see :class:`xshmd.client.Region`."""
 
-    def __init__(self, region: sync.Region) -> None:
-        self._sync = region
+    def __init__(self, region: sync.Region, one_at_a_time: trio.CapacityLimiter) -> None:
+        self._sync, self._one_at_a_time = region, one_at_a_time
         self.id, self.size_bytes = region.id, region.size_bytes
         self.lifetime, self.owner = region.lifetime, region.owner
         self.members, self.processes = region.members, region.processes
@@ -102,6 +107,30 @@ class Region:
         with watch:
             yield Watch(watch)
 
+    async def post_list(
+        self, direction: str, ranges: Ranges, *, guest: str = DOM0,
+        count_offset_bytes: int | None = None,
+    ) -> PostedList:  # fmt: skip
+        """Put up bytes of a guest; see :meth:`xshmd.client.Region.post_list`."""
+        posted = await trio.to_thread.run_sync(
+            lambda: self._sync.post_list(
+                direction, ranges, guest=guest, count_offset_bytes=count_offset_bytes
+            ),
+            limiter=self._one_at_a_time,
+        )
+        return PostedList(posted, self._one_at_a_time)
+
+    async def transfer(
+        self, direction: str, ranges: Ranges, *, guest: str = DOM0, peer: str = DOM0,
+        posted: PostedList | None = None,
+    ) -> int:  # fmt: skip
+        """Move bytes by a posted list; see :meth:`xshmd.client.Region.transfer`."""
+        chosen = posted.sync if posted else None
+        return await trio.to_thread.run_sync(
+            lambda: self._sync.transfer(direction, ranges, guest=guest, peer=peer, posted=chosen),
+            limiter=self._one_at_a_time,
+        )
+
 
 class Watch:
     """A byte of a region that is watched; see :class:`xshmd.client.Watch`."""
@@ -116,6 +145,29 @@ class Watch:
         """Wait until the byte was triggered, or may have been."""
         while not self._sync.wait(0):
             await trio.lowlevel.wait_readable(self._sync.fileno())
+
+
+class PostedList:
+    """Bytes of a guest that wait for a transfer; see :class:`xshmd.client.PostedList`."""
+
+    def __init__(self, posted: lists.PostedList, one_at_a_time: trio.CapacityLimiter) -> None:
+        self.sync, self._one_at_a_time = posted, one_at_a_time
+        self.list_id = posted.list_id
+
+    def __repr__(self) -> str:
+        return repr(self.sync)
+
+    async def wait(self) -> int:
+        """Return how many bytes were moved, once a transfer has used the list."""
+        while True:
+            with contextlib.suppress(TimedOut):
+                # Others use the connection in between, and a cancellation is not held up.
+                return await trio.to_thread.run_sync(self.sync.wait, 0, limiter=self._one_at_a_time)
+            await trio.sleep(LOOK_S)
+
+    async def cancel(self) -> None:
+        """Take the list back."""
+        await trio.to_thread.run_sync(self.sync.cancel, limiter=self._one_at_a_time)
 
 
 class Lease:

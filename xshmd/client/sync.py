@@ -7,7 +7,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from xshmd.client import lists
 from xshmd.client.lease import Lease
+from xshmd.client.lists import DOM0, PostedList, Ranges
 from xshmd.client.mapping import Opener, open_xen
 from xshmd.client.watches import Watch
 from xshmd.errors import UsageError
@@ -86,6 +88,22 @@ class Connection:
         reply = self._client.call("Trigger", id=region_id, offsetBytes=offset_bytes)
         return int(reply["woken"])
 
+    def post_list(
+        self, region_id: str, direction: str, ranges: Ranges, *, guest: str = DOM0,
+        count_offset_bytes: int | None = None,
+    ) -> PostedList:  # fmt: skip
+        """Put up bytes of a guest to be filled or fetched; see :meth:`Region.post_list`."""
+        return lists.post(
+            self._client, self._timeout_s, region_id, direction, ranges, guest, count_offset_bytes
+        )
+
+    def transfer(
+        self, region_id: str, direction: str, ranges: Ranges, *, guest: str = DOM0,
+        peer: str = DOM0, posted: PostedList | None = None,
+    ) -> int:  # fmt: skip
+        """Move bytes by a list that is posted; see :meth:`Region.transfer`."""
+        return lists.transfer(self._client, region_id, direction, ranges, guest, peer, posted)
+
 
 class Region:
     """A region as it was when it was asked for."""
@@ -152,6 +170,50 @@ class Region:
             lease.map(offset_bytes=offset_bytes, size_bytes=size_bytes) as memory,
         ):
             yield memory
+
+    def post_list(
+        self, direction: str, ranges: Ranges, *, guest: str = DOM0,
+        count_offset_bytes: int | None = None,
+    ) -> PostedList:  # fmt: skip
+        """Put up bytes of a guest's part of the region for a transfer to fill or to fetch.
+
+        Args:
+            direction: ``input`` if they are to be filled, ``output`` if they are to be fetched.
+            ranges: Offset in the guest's part and number of bytes of each range.
+            guest: Name or domain id of the guest; empty: dom0, which has all of the region.
+            count_offset_bytes: Where in that part a 64-bit word gets the number of bytes.
+
+        Raises:
+            NoSuchRegion, NoSuchGuest, OutOfRange, UsageError, Conflict, Refused, QuotaExceeded:
+                docs/scatter.md says when.
+        """
+        return self._connection.post_list(
+            self.id, direction, ranges, guest=guest, count_offset_bytes=count_offset_bytes
+        )
+
+    def transfer(
+        self, direction: str, ranges: Ranges, *, guest: str = DOM0, peer: str = DOM0,
+        posted: PostedList | None = None,
+    ) -> int:  # fmt: skip
+        """Move bytes between a guest's part of the region and a list of its peer's.
+
+        Args:
+            direction: ``output`` into a list for input, ``input`` from one for output.
+            ranges: Offset in the guest's part and number of bytes of each range.
+            guest: Name or domain id of the guest; empty: dom0.
+            peer: The same of the one whose list is used.
+            posted: That list and no other; the oldest that fits if None.
+
+        Returns:
+            How many bytes were moved: those of the shorter of the two.
+
+        Raises:
+            NoSuchList, ListCancelled, NoSuchRegion, NoSuchGuest, OutOfRange, UsageError, Conflict,
+                Refused: docs/scatter.md says when.
+        """
+        return self._connection.transfer(
+            self.id, direction, ranges, guest=guest, peer=peer, posted=posted
+        )
 
 
 def _prot(prot: Prot | str) -> Prot:
