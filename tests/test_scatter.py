@@ -34,9 +34,12 @@ from xshmd.errors import (
 from xshmd.model import (
     SHUTDOWN_REBOOT,
     AttachRegion,
+    Backing,
     DetachRegion,
+    Isolation,
     Prot,
     ProtEnforcement,
+    RegionTerms,
     RemoveRegion,
     Snapshot,
 )
@@ -414,6 +417,23 @@ async def test_how_many_lists_there_may_be(
         for each in posted[1:4]:
             with pytest.raises(ListCancelled):
                 await scatter.wait(each, 0)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        RegionTerms(isolation=Isolation.SEALED),
+        RegionTerms(backing=Backing.HOST, host_first_mfn=7),
+    ],
+)
+async def test_no_list_is_posted_where_nothing_can_be_copied(terms: RegionTerms) -> None:
+    api = FakeRegions()
+    (region,) = api.now.regions
+    api.now = dataclasses.replace(api.now, regions=(dataclasses.replace(region, terms=terms),))
+    scatter = Scatter(api, NoCopier())
+    for guest in ("ctl", ""):
+        with pytest.raises(Refused, match="nothing is copied in region r0"):
+            scatter.register("r0", guest, OUT, one(0, 8))
 
 
 @pytest.mark.parametrize(

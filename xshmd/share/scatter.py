@@ -23,7 +23,7 @@ from xshmd.errors import (
     UsageError,
     XshmError,
 )
-from xshmd.model import Event, EventKind, Guest, GuestState, Prot, Region, RegionRequest
+from xshmd.model import Backing, Event, EventKind, Guest, GuestState, Prot, Region, RegionRequest
 from xshmd.ports import PartCopier, RegionsApi
 from xshmd.ranges import ByteRange, Part, check_list
 from xshmd.share.lists import Direction, Lists, Outcome, PostedList
@@ -308,6 +308,14 @@ def _part(guest: Guest | None, ranges: tuple[ByteRange, ...]) -> Part:
 
 def _check(region: Region, request: RegionRequest | None, part: Part, *, writes: bool) -> None:
     """Refuse what the engine would refuse, before a list is posted or taken for it."""
+    in_one_holder = region.terms.backing is Backing.HOLDER and len(region.parts) == 1
+    if region.terms.is_sealed or not in_one_holder:
+        raise Refused(
+            f"nothing is copied in region {region.region_id}: it is sealed, or in several holders, "
+            "or the host's memory",
+            hint="have its guests copy, or let it be a plain region",
+            region=region.region_id,
+        )
     if request is None:
         check_list(part.ranges, region.size_bytes, f"region {region.region_id}")
         return
