@@ -100,6 +100,10 @@ soak-simulated:
 scale:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m scale --regions 1000 --guests 500
 
+RACE_SECONDS ?= 3600
+races:
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m races --seconds $(RACE_SECONDS)
+
 differential:
 	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \
 	integration/scenarios/test_traces.py --arch $(ARCH)

@@ -12,25 +12,21 @@ Run in ``tests``: ``python3 -m crash_tree --seconds N [--jobs N] [--seed N]``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
-import mmap
 import os
 import random
-import select
-import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+import zlib
+from typing import Final
 
 import trio
 from crash import Boundary, Cut, Guard, Lives, When, is_power_cut
 from fakes.in_memory import sockets_in_memory
 from fakes.world import World, world
+from forks import Branches, Tally
 from operations import Play, configure
 from trio.testing import MockClock
 
@@ -39,107 +35,6 @@ from xshmd.model import Arch
 LENGTH: Final = 3
 IDLE_S: Final = 3.0
 """How long after an operation the daemon has nothing to do any more."""
-HANGS_S: Final = 60
-"""A child that lives for so long has failed."""
-
-
-# -- forks -----------------------------------------------------------------------------------------
-
-
-class Tally:
-    """What all processes of a run have done, in memory that they share."""
-
-    NAMES: Final = ("sequences", "cuts", "second cuts", "failures")
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
-
-    def __getitem__(self, name: str) -> int:
-        (value,) = struct.unpack_from("<Q", self._memory, 8 * self.NAMES.index(name))
-        return int(value)
-
-    def add(self, name: str) -> None:
-        struct.pack_into("<Q", self._memory, 8 * self.NAMES.index(name), self[name] + 1)
-
-
-class Branches:
-    """Where the run forks, and where in the tree this process is.
-
-    Args:
-        rng: Which of the places are taken.
-        deadline: When to stop, on the monotonic clock.
-        share: Of the boundaries in a first life and in a recovery, how many are cut.
-    """
-
-    def __init__(self, rng: random.Random, deadline: float, share: tuple[float, float]) -> None:
-        self.tally = Tally()
-        self.path: list[str] = []
-        self.cuts = 0
-        self.armed = False
-        """Whether the operation under way is the one that is cut."""
-        self._rng, self._deadline, self._share = rng, deadline, share
-
-    def fork(self, what: str) -> bool:
-        """Return True in the child, and False in its parent once the child has ended."""
-        if time.monotonic() > self._deadline:
-            return False
-        sys.stdout.flush()
-        child = os.fork()
-        if child:
-            left = signal.alarm(0)
-            _, status = os.waitpid(child, 0)
-            signal.alarm(left)
-            if os.waitstatus_to_exitcode(status) < 0:
-                self._fail(f"{what}: ended by signal {-os.waitstatus_to_exitcode(status)}")
-            return False
-        gc.disable()
-        signal.alarm(HANGS_S)
-        self.path.append(what)
-        _own_event_loop()
-        return True
-
-    def cuts_here(self, boundary: str, whens: Sequence[When], generation: int) -> When | None:
-        """Fork for every way to be cut off here; in a child, return which it is."""
-        if not self.armed or generation != self.cuts or generation >= len(self._share):
-            return None
-        for when in whens:
-            chosen = self._rng.random() < self._share[generation]
-            if chosen and self.fork(f"{when.value} {boundary}"):
-                self.cuts += 1
-                return when
-        return None
-
-    def end(self, error: BaseException | None = None) -> None:
-        """End a child; what failed is said."""
-        if error is not None:
-            self._fail("".join(traceback.format_exception(error, limit=-4)))
-        names = ("sequences", "cuts", "second cuts")
-        self.tally.add(names[self.cuts])
-        os._exit(0)
-
-    def _fail(self, words: str) -> None:
-        self.tally.add("failures")
-        print(f"FAILED {' > '.join(self.path)}: {words}", flush=True)
-
-
-def _own_event_loop() -> None:
-    """Give a forked trio an epoll and wake-up sockets of its own, in place of its parent's."""
-    runner: Any = trio._core._run.GLOBAL_RUN_CONTEXT.runner
-    manager = runner.io_manager
-    fresh = select.epoll()
-    os.dup2(fresh.fileno(), manager._epoll.fileno(), inheritable=False)
-    fresh.close()
-    for pair in (manager._force_wakeup, runner.entry_queue.wakeup):
-        ours, theirs = socket.socketpair()
-        for one, other in ((ours, pair.wakeup_sock), (theirs, pair.write_sock)):
-            one.setblocking(False)
-            os.dup2(one.fileno(), other.fileno(), inheritable=False)
-            one.close()
-        pair.write_sock.send(b"\0")  # whatever was on its way
-    manager._epoll.register(manager._force_wakeup.wakeup_sock, select.EPOLLIN)
-    for fd, waiters in manager._registered.items():
-        if waiters.current_flags:
-            manager._epoll.register(fd, waiters.current_flags | select.EPOLLONESHOT)
 
 
 class BranchingGuard(Guard):
@@ -154,9 +49,9 @@ class BranchingGuard(Guard):
         # Recovery counts a guest's pauses by taking all that Xen allows: twice is enough of each.
         if self._cut is None and sum(one.what == what for one in self._seen) < 2:
             whens = [when for when in When if when is not When.DURING or divisible]
-            when = self._branches.cuts_here(what, whens, self._generation)
-            if when is not None:
-                self._cut = Cut(len(self._seen) + 1, when)
+            ways = {f"{when.value} {what}": when for when in whens}
+            if way := self._branches.branch(ways, self._generation):
+                self._cut = Cut(len(self._seen) + 1, ways[way])
         return super().enter(what, divisible=divisible)
 
 
@@ -174,35 +69,52 @@ class BranchingLives(Lives):
 # -- the tree ----------------------------------------------------------------------------------
 
 
-async def _grow(play: Play, branches: Branches, length: int, mine: Callable[[str], bool]) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Which of the tree's sequences are played."""
+
+    length: int = LENGTH
+    only: str = ""
+    """One sequence, as it is said when it fails; empty: all."""
+    job: int = 0
+    jobs: int = 1
+    """How many runs share the sequences, and which of them this is."""
+
+    def plays(self, path: str) -> bool:
+        return not self.only or self.only.startswith(path)
+
+    def cuts(self, path: str) -> bool:
+        return zlib.crc32(path.encode()) % self.jobs == self.job
+
+
+async def _grow(play: Play, branches: Branches, part: Part, length: int) -> None:
     """Play every operation that is possible now, each in a process of its own, and go on there."""
     for name, operation in list(play.operations()):
-        if not mine(" > ".join([*branches.path, name])) or not branches.fork(name):
+        path = " > ".join([*branches.path, name])
+        if not part.plays(path) or not branches.fork(name):
             continue
-        branches.armed = True
+        branches.mine = branches.armed = part.cuts(path)
         await operation()
         await trio.sleep(IDLE_S)
         branches.armed = False
         await play.verify()
         if not branches.cuts and length > 1:
-            await _grow(play, branches, length - 1, mine)
+            await _grow(play, branches, part, length - 1)
         await play.finish()
         branches.end()
 
 
-async def _tree(arch: Arch, branches: Branches, length: int, mine: Callable[[str], bool]) -> None:
+async def _tree(arch: Arch, branches: Branches, part: Part) -> None:
     async with world(arch) as host:
         try:
-            await _forest(host, branches, length, mine)
+            await _forest(host, branches, part)
         except BaseException as error:
             if branches.path:  # a child must not clear away what is its parent's
                 branches.end(host.escaped or error)
             raise
 
 
-async def _forest(
-    host: World, branches: Branches, length: int, mine: Callable[[str], bool]
-) -> None:
+async def _forest(host: World, branches: Branches, part: Part) -> None:
     async with trio.open_nursery() as nursery:
         with sockets_in_memory(host.server, nursery):
             configure(host)
@@ -212,20 +124,14 @@ async def _forest(
             await host.until(lambda: lives.daemon is not None)
             await lives.settled()
             gc.freeze()
-            await _grow(Play(host, lives), branches, length, mine)
+            await _grow(Play(host, lives), branches, part, part.length)
             await lives.stop()
             nursery.cancel_scope.cancel()
 
 
-def grow(
-    arch: Arch,
-    branches: Branches,
-    *,
-    length: int = LENGTH,
-    mine: Callable[[str], bool] = lambda path: True,
-) -> None:
-    """Play the whole tree, or those of its branches that are ``mine``."""
-    trio.run(_tree, arch, branches, length, mine, clock=MockClock(autojump_threshold=0))
+def grow(arch: Arch, branches: Branches, part: Part) -> None:
+    """Play this part of the tree."""
+    trio.run(_tree, arch, branches, part, clock=MockClock(autojump_threshold=0))
 
 
 def main() -> int:
@@ -237,7 +143,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--first", type=float, default=1.0, help="share of first lives' cuts")
     parser.add_argument("--second", type=float, default=0.02, help="share of recoveries' cuts")
-    parser.add_argument("--only", metavar="PATH", help="one sequence: 'create a > end a'")
+    parser.add_argument("--only", default="", metavar="PATH", help="'create a > end a'")
     parser.add_argument("--arch", choices=[arch.value for arch in Arch])
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -253,29 +159,12 @@ def main() -> int:
             time.monotonic() + left,
             (options.first, options.second),
         )
-        mine = _every(options.job, options.jobs)
-        if options.only:
-            mine = options.only.startswith
-        grow(arch, branches, length=options.length, mine=mine)
+        part = Part(options.length, options.only, options.job, options.jobs)
+        grow(arch, branches, part)
         for name in totals:
             totals[name] += branches.tally[name]
     print(f"COUNTS {' '.join(str(totals[name]) for name in Tally.NAMES)}", flush=True)
     return 1 if totals["failures"] else 0
-
-
-def _every(job: int, jobs: int) -> Callable[[str], bool]:
-    """Share branches out by their first two operations."""
-    seen: dict[str, int] = {}
-
-    def mine(path: str) -> bool:
-        depth = path.count(" > ")
-        if depth == 0:
-            return job == 0 or LENGTH > 1
-        if depth == 1:
-            return seen.setdefault(path, sum(map(ord, path))) % jobs == job
-        return True
-
-    return mine
 
 
 def _side_by_side(jobs: int, arguments: list[str]) -> int:
@@ -300,7 +189,7 @@ def _side_by_side(jobs: int, arguments: list[str]) -> int:
     ended_well = all(process.returncode == 0 for process in running)
     words = ", ".join(f"{count} {name}" for name, count in totals.items())
     print(f"{words} in {time.monotonic() - began:.0f} s")
-    return 0 if ended_well and totals["cuts"] and not totals["failures"] else 1
+    return 0 if ended_well and totals["disturbed"] and not totals["failures"] else 1
 
 
 if __name__ == "__main__":

@@ -391,7 +391,8 @@ class World:
         with trio.move_on_after(PATIENCE_S):
             while self.is_clean():  # noqa: ASYNC110 - nor has this
                 await trio.sleep(0.5)
-        assert self.is_clean() == ""
+        left = self.is_clean()
+        assert not left, left
         self.check()
 
     def check(self) -> None:
