@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import heapq
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,14 +124,14 @@ def booted(arch: str, name: str, **unusual: Any) -> Iterator[Host]:
         host = Host(machine)
         host.start_keeper()
         host.start_daemon()
-        _warm_up(host)
+        warm_up(host)
         try:
             yield host
         finally:
             host.close()
 
 
-def _warm_up(host: Host) -> None:
+def warm_up(host: Host) -> None:
     """Let Xen, dom0 and libxl allocate once what they keep: from then on pages can be counted.
 
     Among it are the tables an Arm dom0 needs for the frames at which it maps others': it uses the
@@ -151,19 +150,7 @@ def _warm_up(host: Host) -> None:
     # A destroyed domain stays in the list for a moment, and its last pages come back up to two
     # seconds after it has left it (RCU): the first scenario must not take that for the start.
     host.wait(lambda: len(host.ask("domains")) == 1, "the warm-up's holder is gone")
-    _settle(host)
-
-
-def _settle(host: Host) -> None:
-    """Wait until the host's free memory is what it was three seconds ago."""
-    counted: list[int] = []
-
-    def settled() -> bool:
-        counted.append(host.ask("free_pages"))
-        time.sleep(0.5)
-        return len(counted) >= 6 and len(set(counted[-6:])) == 1
-
-    host.wait(settled, "the host's free memory settles")
+    host.wait_state_still()
 
 
 @pytest.fixture(autouse=True)
@@ -184,5 +171,5 @@ def as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     difference = host.wait_state(before, kept_pages=marker.args[0] if marker else 0)
     if marker:
         # What is still coming back must not come back in the middle of the next scenario.
-        _settle(host)
+        host.wait_state_still()
     assert not difference, f"the machine is not as it was:\n{difference}"

@@ -71,6 +71,9 @@ class Host:
         dom0: the command channel.
     """
 
+    program: tuple[str, ...] = ("xshmd",)
+    """The daemon's command."""
+
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.arch = machine.arch
@@ -351,7 +354,7 @@ class Host:
         """Start xshmd, as an admin would without systemd."""
         assert not self.daemon_runs
         since = self.mark
-        words = ["xshmd", "--log-level", "debug", "--reboot-grace", str(GRACE_S), *options]
+        words = [*self.program, "--log-level", "debug", "--reboot-grace", str(GRACE_S), *options]
         self._daemon = self.dom0.spawn(words, on_output=self._logged)
         if wait:
             self.wait_log(r"^<6>ready ", since)
@@ -426,6 +429,17 @@ class Host:
                 if not difference or late:
                     return difference
             time.sleep(0.2)
+
+    def wait_state_still(self) -> None:
+        """Wait until the host's free memory is what it was three seconds ago."""
+        counted: list[int] = []
+
+        def still() -> bool:
+            counted.append(self.ask("free_pages"))
+            time.sleep(0.5)
+            return len(counted) >= 6 and len(set(counted[-6:])) == 1
+
+        self.wait(still, "the host's free memory settles")
 
     def clean_up(self) -> list[str]:
         """End every guest that a scenario left; their names."""

@@ -167,3 +167,36 @@ def test_guest_reboots_while_the_daemon_is_down(host: Host) -> None:
     host.wait(lambda: not host.regions(), "the region is freed")
     host.destroy(guest)
     host.stop_daemon()
+
+
+@pytest.mark.alike
+def test_a_second_daemon_ends_at_once(host: Host) -> None:
+    """Started beside one that runs, even on another socket, it says so and touches nothing."""
+    region = host.unique("demo")
+    guest = host.guest("member", Entry(region, host.at), do="fill,stay")
+    host.create(guest)
+    host.wait_said(guest, "filled .*")
+    before, state = host.regions(), host.state()
+    done = host.dom0.run(["xshmd", "--socket", "/run/second/socket"], check=False)
+    assert done.status == 5, done.describe()
+    assert "another xshmd runs on this machine" in done.stderr.decode()
+    assert host.regions() == before
+    assert state.difference(host.state()) == ""
+    host.destroy(guest)
+
+
+@pytest.mark.alike
+def test_the_time_of_day_is_set(host: Host) -> None:
+    """A guest that reboots while somebody sets the clock finds its region with its contents."""
+    region = host.unique("demo")
+    guest = host.guest("phoenix", Entry(region, host.at), do="boots,reboot-once,stay")
+    host.create(guest, "-p")
+    before = host.dom0.run(["date", "+%s"]).text
+    try:
+        host.xl("unpause", guest.name)
+        host.wait_said(guest, "reboot")
+        host.dom0.run(["date", "-s", f"@{int(before) + 10 * 365 * 86400}"])
+        host.wait_said(guest, "boots=2")
+    finally:
+        host.dom0.run(["date", "-s", f"@{before}"])
+    host.destroy(guest)
