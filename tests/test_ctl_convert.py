@@ -148,3 +148,25 @@ def test_no_room_is_an_error(capsys: Captured) -> None:
     # These can say that the place is to be chosen.
     assert convert("--to=toml", "big.toml") == 0
     capsys.readouterr()
+
+
+MIXED = """
+[region.granted]
+size = 4096
+transport = "grant"
+[region.granted.guest.a]
+[region.granted.guest.b]
+[region.plain]
+size = 4096
+[region.plain.guest.a]
+"""
+
+
+def test_what_a_guest_maps_itself_is_nowhere_yet(capsys: Captured) -> None:
+    Path("mixed.toml").write_text(MIXED)
+    assert convert("--to=header", "--guest=a", "mixed.toml") == 0
+    header = capsys.readouterr().out
+    assert "PLAIN_BEGIN" in header
+    assert "GRANTED" not in header
+    assert convert("--to=memmap", "--guest=b", "mixed.toml") == 5
+    assert "maps all of its regions itself" in capsys.readouterr().err

@@ -90,7 +90,8 @@ def _artefact(options: Any, together: Together, arch: Arch) -> str:
     declarations, no_room = together.placed(arch)
     _raise_if(no_room)
     if options.guest is not None:
-        return ARTEFACTS[options.to](_guest(declarations, options.guest))
+        guest = _guest(declarations, options.guest)
+        return ARTEFACTS[options.to](_mapped_for(guest, declarations))
     guests = [guest for guest in declarations.guests if guest.requests]
     if len(guests) > 1:
         names = ", ".join(guest.name for guest in guests)
@@ -102,7 +103,24 @@ def _artefact(options: Any, together: Together, arch: Arch) -> str:
         raise NoSuchGuest(
             "no guest in these files has shared memory", hint="name the guest's own file too"
         )
-    return ARTEFACTS[options.to](guests[0])
+    return ARTEFACTS[options.to](_mapped_for(guests[0], declarations))
+
+
+def _mapped_for(guest: GuestConfig, declarations: Declarations) -> GuestConfig:
+    """Return the guest with the regions that it finds in its address space.
+
+    Of those that it maps itself nobody else can say where they are.
+    """
+    from xshmd.policy.grants import granted_ids, without
+
+    granted = granted_ids((), declarations.regions, declarations.guests)
+    found = without(granted, guest)
+    if guest.requests and not found.requests:
+        raise errors.ConfigError(
+            f"guest '{guest.name}' maps all of its regions itself, where it likes",
+            hint="what it needs for that is in its xenstore node xshm/ID: see docs/grants.md",
+        )
+    return found
 
 
 def _guest(declarations: Declarations, name: str) -> GuestConfig:
