@@ -298,6 +298,12 @@ def test_a_slave_of_2017_says_no_granularity() -> None:
     assert refuse(text)[0].facts["rule"] == "ambiguous-form"
 
 
+def test_an_entry_of_2017_is_of_a_whole_region() -> None:
+    assert read("id=1, begin=0x30000, end=0x30010, granularity=4k, prot=RO").is_whole
+    assert not read(V4).is_whole
+    assert not read(BASE).is_whole
+
+
 def test_the_key_of_2017_has_entries_of_2017() -> None:
     for text in (BASE, V4):
         (error,) = refuse(text, OLD_KEY)

@@ -57,7 +57,7 @@ def config(name: str, *requests: RegionRequest) -> GuestConfig:
 def region(region_id: str, frames: int = 4, owner: str = "a") -> Region:
     return Region(
         region_id=region_id, nr_frames=frames, holder_uuid=H, holder_first_gfn=Gfn(0x40200),
-        owner=owner, ready=True,
+        owner=owner, ready=True, lifetime=Lifetime.OWNER if owner else Lifetime.SYSTEM,
     )  # fmt: skip
 
 

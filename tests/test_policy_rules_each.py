@@ -94,6 +94,7 @@ def system(frames: int = 4, region_id: str = "r", line: int = 1, **terms: Any) -
 def there(frames: int = 4, owned_by: str = "a", **terms: Any) -> Region:
     return Region(
         region_id="r", nr_frames=frames, holder_uuid="h", holder_first_gfn=Gfn(0), owner=owned_by,
+        lifetime=terms.get("lifetime") or (Lifetime.OWNER if owned_by else Lifetime.SYSTEM),
         terms=RegionTerms(**terms),
     )  # fmt: skip
 
@@ -146,7 +147,17 @@ CASES = (
         existing=(),
     ),
     Case(rule="other-size", guests=(guest("a", owner(frames=5)),), existing=(there(),)),
+    Case(
+        rule="other-terms",
+        guests=(guest("a", owner(prot=Prot.RW)),),
+        existing=(there(**RO),),
+    ),
     Case(rule="beyond-end", guests=(guest("b", borrower(frames=5)),), regions=(system(),)),
+    Case(
+        rule="part-of-2017",
+        guests=(guest("b", borrower(frames=3, is_whole=True)),),
+        regions=(system(),),
+    ),
     Case(
         rule="prot-above-owner",
         guests=(guest("b", borrower()),),
@@ -315,7 +326,7 @@ CHECKLIST = {
     "A6 prot, its ceiling, and that it is kept": "no-such-prot prot-above-owner read-only",
     "A7 one master": "two-owners owner-of-systems",
     "A8 a slave needs its master's definition": "undefined-region",
-    "A9 sizes": "beyond-end different-sizes",
+    "A9 sizes": "beyond-end part-of-2017 different-sizes",
     "A10 overlapping areas": "overlapping shared-host-range",
     "A13 three forms": "mixed-forms ambiguous-form",
     "A14 keys": "key-twice unknown-key bad-word unaligned region-twice",
@@ -330,7 +341,7 @@ CHECKLIST = {
     "B14 direct map": "direct-map",
     "D2 a number for each peer, and its doorbells": "doorbells",
     "B15 no more than can be kept": "other-size mixed-kinds grant-under-silo grant-backing"
-    " grant-sealed region-without-grant",
+    " grant-sealed region-without-grant other-terms",
 }
 """What the source mails ask for, by the numbers of their list, and the rules that see to it."""
 

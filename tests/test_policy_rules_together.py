@@ -15,6 +15,7 @@ from xshmd.errors import ConfigError, Conflict, Refused, XshmError
 from xshmd.model import (
     Arch,
     Backing,
+    CachePolicy,
     Guest,
     GuestState,
     Isolation,
@@ -54,7 +55,7 @@ def borrower(name: str = "vm", **more: Any) -> Claim:
 def region(nr_frames: int = 4, owner: str = "a", region_id: str = "r") -> Region:
     return Region(
         region_id=region_id, nr_frames=nr_frames, holder_uuid="h", holder_first_gfn=Gfn(0),
-        owner=owner,
+        owner=owner, lifetime=Lifetime.OWNER if owner else Lifetime.SYSTEM,
     )  # fmt: skip
 
 
@@ -134,6 +135,54 @@ def test_an_owner_of_what_the_system_has() -> None:
 def test_an_owner_who_wants_another_size() -> None:
     errors = check_region(claim(frames=3), region=region(owner="vm"), others=[])
     one(errors, Conflict, "is to have 12 KiB, but it exists with 16 KiB", "say size=0x4000")
+
+
+@pytest.mark.parametrize(
+    ("said", "has", "to_be", "kept"),
+    [
+        ({"prot": Prot.RO}, {}, "prot=ro", "prot=rw"),
+        ({"lifetime": Lifetime.MEMBERS}, {}, "lifetime=members", "lifetime=owner"),
+        ({"transport": Transport.GRANT}, {}, "transport=grant", "transport=physmap"),
+        ({"isolation": Isolation.SEALED}, {}, "isolation=sealed", "isolation=group"),
+        (
+            {"isolation": Isolation.GROUP}, {"isolation": Isolation.SEALED},
+            "isolation=group", "isolation=sealed",
+        ),
+        (
+            {"prot_enforcement": ProtEnforcement.ADVISORY}, {},
+            "prot_enforcement=advisory", "prot_enforcement=required",
+        ),
+        (
+            {"cache_policy": CachePolicy.X86_NORMAL}, {"cache_policy": CachePolicy.ARM_NORMAL},
+            "cache_policy=x86_normal", "cache_policy=ARM_normal",
+        ),
+        ({}, {"backing": Backing.HOST, "host_first_mfn": 7}, "backing=holder", "backing=host"),
+        (
+            {"backing": Backing.HOST, "host_first_mfn": 6},
+            {"backing": Backing.HOST, "host_first_mfn": 7}, "host address 0x6000", "0x7000",
+        ),
+    ],
+)  # fmt: skip
+def test_an_owner_who_comes_back_with_other_terms(
+    said: dict[str, Any], has: dict[str, Any], to_be: str, kept: str
+) -> None:
+    terms = RegionTerms(**said)
+    back = claim(frames=4, terms=terms, prot=terms.prot, cache_policy=terms.cache_policy)
+    exists = dataclasses.replace(region(owner="vm"), terms=RegionTerms(**has))
+    errors = check_region(back, region=exists, others=[])
+    (error,) = [error for error in errors if error.facts["rule"] == "other-terms"]
+    assert isinstance(error, Conflict)
+    assert f"is to have {to_be}, but it exists with" in error.message
+    assert kept in error.message
+    assert error.hint.startswith("say ")
+    assert kept in error.hint
+
+
+def test_what_an_owner_leaves_open_is_no_other_term() -> None:
+    has = RegionTerms(isolation=Isolation.SEALED, cache_policy=CachePolicy.X86_NORMAL)
+    exists = dataclasses.replace(region(owner="vm"), terms=has)
+    errors = check_region(claim(frames=4), region=exists, others=[])
+    assert "other-terms" not in {error.facts["rule"] for error in errors}
 
 
 def test_who_says_what() -> None:
@@ -248,7 +297,8 @@ def test_a_borrower_that_wants_more_than_the_owner_allows() -> None:
         one(errors, ConfigError, "asks for prot=rw, but", "allows at most prot=ro", "say prot=ro")
     exists = dataclasses.replace(region(owner="vm"), terms=RegionTerms(**READ_ONLY))
     one(check_region(borrower(), region=exists, others=[]), ConfigError, "region 'r' allows")
-    assert check_region(claim(frames=4), region=exists, others=[]) == ()
+    same = claim(frames=4, prot=Prot.RO, terms=RegionTerms(**READ_ONLY))
+    assert check_region(same, region=exists, others=[]) == ()
 
 
 @pytest.mark.parametrize(
@@ -266,7 +316,8 @@ def test_terms_that_cannot_be_kept(terms: dict[str, Any], words: tuple[str, ...]
     one(check_region(owner, region=None, others=[]), Refused, *words)
     (error,) = check_region(borrower(name="b"), region=None, others=[owner])
     assert error.facts["file"] == "vm.cfg"
-    one(check_region(owner, region=region(owner="vm"), others=[]), Refused, *words)
+    exists = dataclasses.replace(region(owner="vm"), terms=RegionTerms(**terms))
+    one(check_region(owner, region=exists, others=[]), Refused, *words)
     assert check_region(borrower(name="b"), region=region(owner="vm"), others=[owner]) == ()
     (error,) = check_definitions([defined(**terms)])
     assert error.message.startswith("r.toml:1: region.r: region 'r' asks for")

@@ -194,6 +194,8 @@ class RegionRequest:
     """Only an owner says it; None is the architecture's own."""
     terms: RegionTerms = USUAL_TERMS
     """Only an owner's count; its prot and cache_policy are those of the entry itself."""
+    is_whole: bool = dataclasses.field(default=False, compare=False)
+    """Whether it must be as large as the region, as the form it was written in knew no parts."""
     place: Place = NOWHERE
 
     @property

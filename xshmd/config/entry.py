@@ -136,6 +136,7 @@ class Entry:
             offset_frames=offset,
             cache_policy=terms.cache_policy,
             terms=terms,
+            is_whole=form is Form.PROPOSAL_2017,
             place=self._place,
         )
 

@@ -7,6 +7,7 @@ or that an xl configuration gave a guest, is not theirs to withdraw.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -28,6 +29,8 @@ from xshmd.model import (
     RemoveRegion,
     Snapshot,
 )
+from xshmd.policy import kept_terms
+from xshmd.policy.kept_terms import Difference
 from xshmd.units import human_size
 
 _NOBODY: Final[Mapping[str, int]] = {}
@@ -53,7 +56,7 @@ def differences(
         has members still stays until they end.
 
     Raises:
-        Conflict: a region that has members is to have another size.
+        Conflict: a region that has members is to have another size, or other terms.
     """
     changes: list[Change] = []
     for guest in snapshot.guests:
@@ -70,13 +73,13 @@ def differences(
             continue
         definition = defined.get(region.region_id)
         members = _members_left(region, snapshot, changes)
-        if definition is not None and definition.nr_frames == region.nr_frames:
+        if definition is not None and _is_as_defined(region, definition):
             lifetime = definition.terms.lifetime or Lifetime.SYSTEM
         elif not members:
             changes.append(RemoveRegion(region_id=region.region_id))
             continue
         elif definition is not None:
-            raise _other_size(definition, region, members)
+            raise _not_as_defined(definition, region, members)
         else:
             lifetime = Lifetime.MEMBERS
         if lifetime is not region.lifetime:
@@ -143,11 +146,25 @@ def _members_left(region: Region, snapshot: Snapshot, changes: list[Change]) -> 
     ]
 
 
-def _other_size(config: RegionConfig, region: Region, members: list[str]) -> Conflict:
+def _other_terms(config: RegionConfig, region: Region) -> tuple[Difference, ...]:
+    # Its lifetime is the one term that a region that exists can change.
+    said = dataclasses.replace(config.terms, lifetime=region.lifetime)
+    return kept_terms.differences(said, region, lifetime=region.lifetime)
+
+
+def _is_as_defined(region: Region, config: RegionConfig) -> bool:
+    return config.nr_frames == region.nr_frames and not _other_terms(config, region)
+
+
+def _not_as_defined(config: RegionConfig, region: Region, members: list[str]) -> Conflict:
     at = f"{config.place}: " if config.place.file else ""
+    kept = " and ".join(one.kept for one in _other_terms(config, region))
+    exists, say = kept, kept
+    if config.nr_frames != region.nr_frames:
+        exists, say = human_size(region.size_bytes), f"size={region.size_bytes:#x}"
     return Conflict(
-        f"{at}region {region.region_id} exists with {human_size(region.size_bytes)} and has "
+        f"{at}region {region.region_id} exists with {exists} and has "
         f"members: {', '.join(sorted(members))}",
-        hint=f"say size={region.size_bytes:#x}, or end its members first",
+        hint=f"say {say}, or end its members first",
         region=region.region_id,
     )

@@ -12,6 +12,7 @@ from typing import Final
 
 from xshmd.model import (
     DOMAIN_0,
+    Lifetime,
     Prot,
     ProtEnforcement,
     Region,
@@ -23,6 +24,7 @@ from xshmd.model import (
 from xshmd.policy import sealing
 from xshmd.policy.definitions import Claim, Definition, Said
 from xshmd.policy.findings import Findings, config_error, conflict, refused, region_at
+from xshmd.policy.kept_terms import differences
 from xshmd.units import Gfn, address_of, bytes_of, human_size
 
 USUAL_PLACES: Final = "/etc/xen, /etc/xshmd/guests.d or /etc/xshmd/regions.d"
@@ -165,6 +167,27 @@ def other_size(case: Case) -> Findings:
         )
 
 
+def other_terms(case: Case) -> Findings:
+    """A region keeps its terms for as long as it exists: its members have it by them (seeds B15).
+
+    So an owner that comes back has to say what it said when the region was made.
+    """
+    region = case.region
+    if not case.is_owner or region is None or region.owner != case.claim.guest:
+        return
+    differ = differences(case.own[0].terms, region, lifetime=Lifetime.OWNER)
+    if differ:
+        kept = " and ".join(one.kept for one in differ)
+        yield conflict(
+            "other-terms",
+            case.request.place,
+            f"region '{region.region_id}' is to have {' and '.join(one.said for one in differ)},"
+            f" but it exists with {kept}",
+            f"say {kept}, or end all of its guests so that it is made anew",
+            region=region.region_id,
+        )
+
+
 # --- what a member may have of it -----------------------------------------------------------------
 
 
@@ -190,6 +213,21 @@ def beyond_end(case: Case) -> Findings:
             f"{region_at(request)} ends at offset {bytes_of(end):#x} of the region, but {whose}"
             f" only {human_size(total)} ({total:#x})",
             f"make offset + size at most {total:#x}",
+        )
+
+
+def part_of_2017(case: Case) -> Findings:
+    """In the proposal of 2017 a slave's area is as large as its master's, or wrong (seeds A9)."""
+    request, definition = case.request, case.counts
+    if case.is_owner or definition is None or not request.is_whole:
+        return
+    if request.nr_frames < definition.nr_frames:
+        yield config_error(
+            "part-of-2017",
+            request.place,
+            f"{region_at(request)} has {_size(request.nr_frames)}, and the region"
+            f" {_size(definition.nr_frames)}: the proposal of 2017 knew no parts of regions",
+            "give both the same size; or write the entry in the final form, with size= and offset=",
         )
 
 
@@ -300,7 +338,9 @@ REGION_RULES: tuple[Callable[[Case], Findings], ...] = (
     owner_of_systems,
     different_sizes,
     other_size,
+    other_terms,
     beyond_end,
+    part_of_2017,
     prot_above_owner,
     read_only,
     direct_map,
