@@ -82,6 +82,7 @@ MOMENTS = (
 )
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_a_guest_is_created(host: Host, moment: str) -> None:
     """`kill -9` between a domain's first node and its regions: started again, the daemon finishes
@@ -110,6 +111,7 @@ def test_killed_while_a_guest_is_created(host: Host, moment: str) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.alike
 @pytest.mark.either_store
 def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
     """A member that ends unseen is found out at the next start, and what only it had is freed."""

@@ -10,6 +10,8 @@ import os
 import re
 import signal
 
+import pytest
+
 from integration.scenarios.guest import MIB, Entry, Guest
 from integration.scenarios.host import Host
 
@@ -75,6 +77,7 @@ def test_no_ring_is_lost_in_a_flood(host: Host) -> None:
     host.destroy(zero, one)
 
 
+@pytest.mark.alike
 def test_a_counter_wakes_at_zero(host: Host) -> None:
     """Of a hundred triggers of a watched address the last one wakes: the counter is 0 then."""
     zero, one = pair(host, "triggered", "trigger", ticks=100)
@@ -96,6 +99,7 @@ def test_messages_arrive_whole_and_in_order(host: Host) -> None:
     host.destroy(zero, one)
 
 
+@pytest.mark.alike
 def test_doorbells_outlive_the_daemon(host: Host) -> None:
     """Rings stop while no daemon runs, and guests that wait for one are rung by the next."""
     zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=5_000)
@@ -127,6 +131,7 @@ def test_a_peer_reboots_and_is_rung_again(host: Host) -> None:
     host.destroy(zero, one)
 
 
+@pytest.mark.alike
 def test_a_peer_that_lies_harms_nobody(host: Host) -> None:
     """It writes anything into the control page and rings all the while: its peers go on, the
     daemon answers, and a region that it has nothing to do with does not notice."""
@@ -142,6 +147,7 @@ def test_a_peer_that_lies_harms_nobody(host: Host) -> None:
     host.destroy(zero, one, two, three)
 
 
+@pytest.mark.alike
 def test_dom0_triggers_and_is_triggered(host: Host) -> None:
     """A client of the daemon wakes a guest that watches, counting down with it."""
     zero, _ = pair(host, "triggered", "stay", ticks=3)

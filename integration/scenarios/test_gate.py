@@ -57,6 +57,7 @@ def test_region_is_there_when_xl_create_returns(host: Host) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.alike
 def test_two_guests_created_at_once_different_regions(host: Host) -> None:
     """Two `xl create` at the same moment, each with a region of its own: both get theirs."""
     one = host.guest("one", Entry(host.unique("demo"), host.at, 16 * MIB), do="fill,check", seed=3)
@@ -87,6 +88,7 @@ def test_two_guests_created_at_once_same_region(host: Host) -> None:
     host.destroy(owner, borrower)
 
 
+@pytest.mark.alike
 def test_admin_pauses_a_member(host: Host) -> None:
     """`xl pause` and `xl unpause` of a running member change nothing of what it has."""
     region = host.unique("demo")
@@ -108,6 +110,7 @@ def test_admin_pauses_a_member(host: Host) -> None:
     host.destroy(beater, watcher)
 
 
+@pytest.mark.alike
 def test_configuration_of_our_own(host: Host) -> None:
     """A file in /etc/xshmd/guests.d gives regions to a guest whose xl configuration has none."""
     region = host.unique("demo")
@@ -120,6 +123,7 @@ def test_configuration_of_our_own(host: Host) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.alike
 def test_configuration_on_the_command_line(host: Host) -> None:
     """What is appended on xl's command line counts, and relative paths are xl's own."""
     region = host.unique("demo")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from integration.scenarios.guest import MIB, PAGE, Entry, Guest
 from integration.scenarios.host import Host
 
@@ -56,6 +58,7 @@ def test_two_guests_talk_through_a_devices_memory(host: Host) -> None:
         host.wait(lambda: not host.regions(), "the region went with its last member")
 
 
+@pytest.mark.alike
 def test_beside_a_region_of_fresh_memory(host: Host) -> None:
     """A guest may have both kinds, and each is its own."""
     fresh = host.unique("fresh")
@@ -97,6 +100,7 @@ def test_memory_that_is_somebodys_is_refused(host: Host) -> None:
             host.wait(lambda: not host.regions(), "nothing is left")
 
 
+@pytest.mark.alike
 def test_a_device_that_is_switched_off_is_refused(host: Host) -> None:
     """Switched off, its memory answers nothing; the refusal says how to switch it on."""
     device = host.plain_memory()

@@ -123,6 +123,7 @@ def test_late_join(host: Host) -> None:
     host.destroy(late, owner)
 
 
+@pytest.mark.alike
 @pytest.mark.arch("x86_64")
 def test_late_join_of_a_guest_that_looks_for_it(host: Host) -> None:
     """The guest runs and looks at the address all the while: it sees nothing there, and then the
@@ -139,6 +140,7 @@ def test_late_join_of_a_guest_that_looks_for_it(host: Host) -> None:
     host.destroy(late, owner)
 
 
+@pytest.mark.alike
 def test_a_region_made_and_given_in_one_set(host: Host) -> None:
     """Two guests and a region that is made for them: one request, one holder; and taken from them
     again by force, each paused meanwhile."""
@@ -162,6 +164,7 @@ def test_a_region_made_and_given_in_one_set(host: Host) -> None:
     end(host, one, two)
 
 
+@pytest.mark.alike
 def test_a_set_is_refused_as_a_whole(host: Host) -> None:
     """One of several changes cannot be: nothing of the others is done, and the guests run on."""
     region = host.unique("demo")
@@ -185,6 +188,7 @@ def test_a_set_is_refused_as_a_whole(host: Host) -> None:
     host.destroy(one, two)
 
 
+@pytest.mark.alike
 def test_files_and_sighup(host: Host) -> None:
     """A file that names a guest which runs gives it a region when the daemon is told to reload, and
     takes it again when it is gone; a file that is wrong changes nothing."""
@@ -218,6 +222,7 @@ def test_files_and_sighup(host: Host) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("moment", ["changing", "changing-maps"])
 def test_killed_in_the_middle_of_a_set(host: Host, moment: str) -> None:
     """`kill -9` while a region is made for two guests and given to them: the next start leaves all

@@ -49,6 +49,7 @@ def test_reboot_beside_a_running_peer(host: Host) -> None:
     host.destroy(guest, peer)
 
 
+@pytest.mark.alike
 def test_owner_reboots_under_its_borrower(host: Host) -> None:
     """The owner is a role: it may reboot while a borrower runs, and owns the same region again."""
     region = host.unique("demo")
@@ -84,6 +85,7 @@ def test_crash_and_restart(host: Host) -> None:
     host.destroy(guest)
 
 
+@pytest.mark.alike
 def test_crash_for_good_frees_after_the_grace(host: Host) -> None:
     """The region of a guest that crashed and does not come back is kept for a while, then freed."""
     region = host.unique("demo")
@@ -97,6 +99,7 @@ def test_crash_for_good_frees_after_the_grace(host: Host) -> None:
         host.wait(lambda: not host.regions(), "the region is freed")
 
 
+@pytest.mark.alike
 def test_poweroff(host: Host) -> None:
     """A guest that powers off gives everything back at once, not after the reboot's grace."""
     region = host.unique("demo")
@@ -137,6 +140,7 @@ def test_ends_in_any_order(host: Host, order: str) -> None:
     host.wait(lambda: not host.regions(), "the region is freed")
 
 
+@pytest.mark.alike
 def test_both_end_at_once(host: Host) -> None:
     """Two members destroyed at the same moment: nothing of the region is left."""
     region = host.unique("demo")
@@ -150,6 +154,7 @@ def test_both_end_at_once(host: Host) -> None:
     host.wait(lambda: not host.regions(), "the region is freed")
 
 
+@pytest.mark.alike
 def test_borrower_before_its_owner(host: Host) -> None:
     """Any order of starting: a borrower may come first if the owner's file says how large it is."""
     region = host.unique("demo")
@@ -166,6 +171,7 @@ def test_borrower_before_its_owner(host: Host) -> None:
     host.destroy(owner, borrower)
 
 
+@pytest.mark.alike
 def test_many_generations(host: Host) -> None:
     """The same guest again and again, ended in every way: each finds a fresh, working region."""
     region = host.unique("demo")

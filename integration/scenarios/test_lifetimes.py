@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from integration.scenarios.guest import FILLED, MIB, Entry, filled
 from integration.scenarios.host import Host, add, names, remove
 from integration.scenarios.test_hot_changes import end, members, wait_nothing_there
 
 
+@pytest.mark.alike
 def test_an_owner_that_is_gone_takes_its_region_along(host: Host) -> None:
     """The usual lifetime: the owner is destroyed, and the region is withdrawn from its borrower,
     which runs on with what else it has, and freed."""
@@ -34,6 +37,7 @@ def test_an_owner_that_is_gone_takes_its_region_along(host: Host) -> None:
     end(host, borrower)
 
 
+@pytest.mark.alike
 def test_an_owner_that_reboots_is_not_gone(host: Host) -> None:
     """The usual lifetime again: the owner reboots under its borrower, and they meet again."""
     region = host.unique("demo")
@@ -51,6 +55,7 @@ def test_an_owner_that_reboots_is_not_gone(host: Host) -> None:
     host.destroy(borrower, owner)
 
 
+@pytest.mark.alike
 def test_an_owner_that_ends_while_the_daemon_is_down(host: Host) -> None:
     """Its end is found out at the next start; its region is withdrawn when the grace is over."""
     region = host.unique("demo")
@@ -68,6 +73,7 @@ def test_an_owner_that_ends_while_the_daemon_is_down(host: Host) -> None:
     host.stop_daemon()
 
 
+@pytest.mark.alike
 def test_a_systems_region_outlives_all_guests(host: Host) -> None:
     """A region without an owner is there before the first guest and after the last, with its
     contents, over a restart of the daemon; until an administrator removes it."""

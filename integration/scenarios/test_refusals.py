@@ -117,6 +117,7 @@ def _assert_xl_create_fails(host: Host, guest: Guest, sentence: str) -> None:
         host.wait_node_gone(node)
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_xl_create_fails(host: Host, case: Case) -> None:
     """Plain `xl create` of what cannot be given fails, the domain is gone without a trace, and the
@@ -170,6 +171,7 @@ def _assert_xshmctl_refuses(host: Host, path: str, guest: Guest, sentence: str) 
     assert "Traceback" not in host.log(since)
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_xshmctl_create_refuses(host: Host, noted_xl: str, case: Case) -> None:
     """`xshmctl create` says the same on the caller's terminal, with a hint, and runs no xl."""
@@ -185,6 +187,7 @@ def test_xshmctl_create_refuses_x86(host: Host, noted_xl: str, case: Case) -> No
     _assert_xshmctl_refuses(host, noted_xl, guest, place + ".*" + case.phrase)
 
 
+@pytest.mark.alike
 def test_two_owners(host: Host, noted_xl: str) -> None:
     """A second guest that defines a region which a first one has is refused, either way, and the
     first goes on."""
@@ -201,6 +204,7 @@ def test_two_owners(host: Host, noted_xl: str) -> None:
     host.destroy(first)
 
 
+@pytest.mark.alike
 def test_owner_of_another_size(host: Host) -> None:
     """A region keeps its size while it exists: its owner, back with another one, is refused."""
     region = host.unique("demo")
@@ -216,6 +220,7 @@ def test_owner_of_another_size(host: Host) -> None:
     host.destroy(borrower)
 
 
+@pytest.mark.alike
 def test_offset_beyond_the_end(host: Host) -> None:
     """A borrower can only have what the region has."""
     region = host.unique("demo")
@@ -226,6 +231,7 @@ def test_offset_beyond_the_end(host: Host) -> None:
     host.destroy(owner)
 
 
+@pytest.mark.alike
 def test_refused_guest_kept_for_a_look(host: Host) -> None:
     """With --on-failure=keep-paused the guest is not destroyed, and does not run either."""
     guest = host.guest("kept", Entry(host.unique("bad"), host.at, role="borrower"))

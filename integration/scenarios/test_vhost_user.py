@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from integration.dom0 import Running
 from integration.scenarios.guest import MASK, MIB, PAGE, Entry, tag
 from integration.scenarios.host import Host
@@ -114,6 +116,7 @@ def test_a_guest_without_drivers_has_a_disk(host: Host) -> None:
         offered.stop()
 
 
+@pytest.mark.alike
 def test_a_region_is_offered_while_it_is_there(host: Host) -> None:
     """A region of its own, at its holder's addresses; what cannot be offered is said."""
     region = host.unique("alone")
@@ -134,6 +137,7 @@ def test_a_region_is_offered_while_it_is_there(host: Host) -> None:
         offered.stop()
 
 
+@pytest.mark.alike
 def test_a_descriptor_is_good_for_one_domain_only(host: Host) -> None:
     """What a back-end is handed maps its holder and nobody else, whatever it asks for."""
     region, other = host.unique("ours"), host.unique("theirs")
