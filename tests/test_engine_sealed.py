@@ -400,6 +400,26 @@ async def test_what_a_member_takes_out_is_told_once(
         await daemon.kill()
 
 
+async def test_who_takes_the_anchor_of_a_sealed_group_takes_nothing_else(
+    autojump_clock: MockClock,
+) -> None:
+    async with world() as host:
+        watch(host)
+        daemon = await host.start()
+        r = own(host, "r")
+        a = await make(host, "a", r)
+        write(host, a, r, b"before")
+        host.xen.depopulate(host.holders()[0], ANCHOR_GFN, 1)
+        await daemon.kill()
+        daemon = await host.start()
+        b = await make(host, "b", host.borrow("r", 3))
+        assert read(host, b, host.borrow("r")) == b"before"
+        await host.tools.end(a)
+        await host.tools.end(b)
+        await host.check_clean()
+        await daemon.kill()
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import signal
 
 import pytest
 
@@ -139,12 +140,18 @@ def test_a_sealed_group_is_not(host: Host) -> None:
 
 @pytest.mark.alike
 def test_what_a_member_does_to_a_sealed_holder_is_noticed(host: Host) -> None:
-    """The anchor is all there is to take, and who takes it is told of."""
-    owner, linux, member, own, _ = make_group(host, "isolation=sealed")
+    """The anchor is all there is to take; who takes it is told of, and has changed nothing: not
+    even a new daemon takes the group for lost."""
+    owner, linux, member, own, second = make_group(host, "isolation=sealed")
     holder = host.region(own)["holderDomainId"]
     since = host.mark
     assert member.ask("free", holder, ANCHOR_GFN) == 1
     other = host.guest("other")
     host.create(other)  # any guest's coming has the daemon look
     host.wait_log(r"holder suspect .*why='its anchor was taken out of it", since)
-    host.destroy(owner, linux, other)
+    host.stop_daemon(signal.SIGKILL)
+    host.start_daemon()
+    late = host.guest("late", Entry(second, host.at, role="borrower"), do="check", slot=2)
+    host.create(late)
+    host.wait_said(late, "checked pages=256 bad=0 seed=7")
+    host.destroy(owner, linux, other, late)

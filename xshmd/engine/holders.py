@@ -148,12 +148,26 @@ class Holders:
                     holder.domid, ANCHOR_GFN, 1, writable=False
                 )
             except HypercallFailed as error:
-                raise self._lost(holder, error.message) from error
+                if not self._is_kept(holder):
+                    raise self._lost(holder, error.message) from error
         info = self._xen.domain_info(holder.domid)
         if info is None or info.uuid != holder.uuid or not (info.hvm and info.hap) or info.dying:
-            self._anchors.pop(holder.uuid).close()
+            if (anchor := self._anchors.pop(holder.uuid, None)) is not None:
+                anchor.close()
             raise self._lost(holder, "the domain of its number is another")
         return info
+
+    def _is_kept(self, holder: Holder) -> bool:
+        """Return whether the keeper has pages of it, which pin its domid as the anchor does.
+
+        A member can take the anchor, but not those.
+        """
+        kept = {region.kept for region in self._ledger.regions}
+        theirs = [name for name in kept if name.startswith(f"{holder.uuid}.")]
+        try:
+            return bool(theirs) and not self._keeper.kept().keys().isdisjoint(theirs)
+        except XshmError:
+            return False
 
     @staticmethod
     def _lost(holder: Holder, why: str) -> Conflict:
