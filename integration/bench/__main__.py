@@ -33,7 +33,8 @@ HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
 PHASES: Final = (
-    "map", "grants", "scatter", "bells", "creates", "restarts", "client", "counts", "linux",
+    "map", "grants", "scatter", "bells", "windows", "creates", "restarts", "client", "counts",
+    "linux",
 )  # fmt: skip
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 C_PROGRAMS: Final = {
@@ -44,6 +45,7 @@ C_PROGRAMS: Final = {
 
 ALONE: Final = {
     "grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py", "bells": "bells_in_dom0.py",
+    "windows": "windows_in_dom0.py",
 }  # fmt: skip
 """Phases with a program of their own."""
 SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
@@ -136,6 +138,8 @@ def report(result: dict[str, Any]) -> list[Row]:
     if "bells" in result:
         series, rounds = result["bells"]["series"], result["bells"]["rounds"]
         rows.append((f"{rounds} rings relayed / C", compare(series, "ours", "bare"), "<= 4"))
+    if "windows" in result:
+        rows += report_windows(result["windows"])
     if "creates" in result:
         rows += report_creates(result["creates"]["baremetal"], "bare metal")
     if "linux" in result:
@@ -198,6 +202,18 @@ def report_scatter(found: dict[str, Any]) -> list[Row]:
             text = f"{ratio(plain, ours)}  best {min(plain) / min(ours):.3f}"
             text += f"  ({medians[0]:.0f} / {medians[1]:.0f} us)"
             rows.append((f"{what} / memcpy, {number} x {name}", text, aim))
+    return rows
+
+
+def report_windows(found: dict[str, Any]) -> list[Row]:
+    """For how long sealed groups stand still, of each MiB."""
+    rows = []
+    for name, series in found.items():
+        size_mib, nr_guests = map(int, name.split())
+        for kind, what in (("join", "joins"), ("leave", "leaves")):
+            per_mib = statistics.median(series[kind]) / size_mib * 1e3
+            text = f"{per_mib:.2f} ms/MiB, {ratio(series[kind], series['copy'])} of memcpy"
+            rows.append((f"pause when one {what}: {size_mib} MiB, {nr_guests} guests", text, ""))
     return rows
 
 
