@@ -39,6 +39,7 @@ class Box:
         (self.root / "run/xenstored").mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as store:
             store.bind(str(self.root / "run/xenstored/socket"))
+        self.write("run/xshmd-keeper/socket", "")
         (self.package / "xen").mkdir(parents=True)
         self.binding("_stable.abi3.so", b"\x7fELF libxencall.so.1\0")
         self.binding("_evtchn.abi3.so", b"\x7fELF libxenevtchn.so.1\0")
@@ -89,6 +90,7 @@ def test_a_sound_machine(box: Box) -> None:
         ("dev/xen/hypercall", probe.WARNING, "/dev/xen/hypercall is not there"),
         ("dev/xen/gntdev", probe.WARNING, "/dev/xen/gntdev is not there"),
         ("sys/hypervisor/version/minor", probe.WARNING, "does not say which Xen"),
+        ("run/xshmd-keeper/socket", probe.WARNING, "xshmd-keeper does not run"),
         (
             "usr/lib/x86_64-linux-gnu/libxenctrl.so.4.20",
             probe.FAILED,

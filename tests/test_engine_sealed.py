@@ -194,7 +194,8 @@ async def test_a_detach_is_final(autojump_clock: MockClock) -> None:
         pin.references += 1  # Xen keeps a page that a guest registered with it
         events: list[Event] = []
         async with daemon.engine.monitor() as channel:
-            await daemon.engine.apply([DetachRegion(guest="b", region_id="r")])
+            steps = await daemon.engine.apply([DetachRegion(guest="b", region_id="r")])
+            assert steps[0].text.startswith("pause b's whole group, which is sealed, and unmap")
             while channel.statistics().current_buffer_used:
                 events.append(channel.receive_nowait())
         assert host.xen.foreign_frames(b.domid) == {}
@@ -217,7 +218,8 @@ async def test_a_region_of_the_system_is_filled_before_anybody_has_it(
     async with a_host() as (host, daemon):
         terms = RegionTerms(isolation=Isolation.SEALED)
         config = RegionConfig(region_id="n", nr_frames=4, terms=terms)
-        await daemon.engine.apply([AddRegion(config=config)])
+        steps = await daemon.engine.apply([AddRegion(config=config)])
+        assert [step.verb for step in steps] == ["create"]
         assert await daemon.engine.read_region("n", 4090, 10) == bytes(10)
         await daemon.engine.write_region("n", 4090, b"across two")
         n = host.borrow("n", 4)

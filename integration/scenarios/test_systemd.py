@@ -19,6 +19,7 @@ from integration.scenarios.host import SOCKET, Host, artefacts, names
 pytestmark = [pytest.mark.arch("x86_64"), pytest.mark.own_boot]
 
 UNIT = "xshmd.service"
+KEEPER = "xshmd-keeper.service"
 WORST_EXPOSURE = 2.0
 LIMIT_S = 3600
 
@@ -82,22 +83,23 @@ def test_socket_starts_the_service(installed: Installed) -> None:
 
 
 def test_units_verify(installed: Installed) -> None:
-    """`systemd-analyze verify` has nothing to say about either unit."""
-    done = installed.dom0.run(
-        ["systemd-analyze", "verify", "--man=no", UNIT, "xshmd.socket"], check=False, timeout_s=300
-    )
+    """`systemd-analyze verify` has nothing to say about any of the units."""
+    units = [UNIT, "xshmd.socket", KEEPER]
+    words = ["systemd-analyze", "verify", "--man=no", *units]
+    done = installed.dom0.run(words, check=False, timeout_s=300)
     said = (done.stdout + done.stderr).decode()
     assert not [line for line in said.splitlines() if "xshmd" in line], said
     assert done.status == 0, said
 
 
-def test_exposure(installed: Installed, record_property: Any) -> None:
-    """`systemd-analyze security` finds the service well hardened."""
-    done = installed.dom0.run(["systemd-analyze", "security", "--no-pager", UNIT], timeout_s=300)
-    (installed.artefacts / "security.log").write_bytes(done.stdout)
-    score = re.search(r"Overall exposure level for xshmd\.service: ([0-9.]+)", done.text)
+@pytest.mark.parametrize("unit", [UNIT, KEEPER])
+def test_exposure(installed: Installed, record_property: Any, unit: str) -> None:
+    """`systemd-analyze security` finds the services well hardened."""
+    done = installed.dom0.run(["systemd-analyze", "security", "--no-pager", unit], timeout_s=300)
+    (installed.artefacts / f"security-{unit}.log").write_bytes(done.stdout)
+    score = re.search(rf"Overall exposure level for {re.escape(unit)}: ([0-9.]+)", done.text)
     assert score is not None, done.text
-    print(f"systemd-analyze security xshmd.service: {score[1]}")
+    print(f"systemd-analyze security {unit}: {score[1]}")
     record_property("exposure", score[1])
     assert float(score[1]) <= WORST_EXPOSURE, done.text
 
@@ -124,6 +126,28 @@ def test_plain_xl_create(host_with_service: Installed) -> None:
     assert len(attached) >= 2
     host.dom0.run(f"rm /tmp/{borrower.name}.cfg")
     host.destroy(owner, borrower)
+
+
+def test_sealed_regions_outlive_a_restart(host_with_service: Installed) -> None:
+    """The service wants the keeper, and a restart leaves it alone: what is in a sealed region is
+    there for who joins after it."""
+    host = host_with_service
+    region = host.unique("sealed")
+    owner = host.guest("owner", Entry(region, host.at, more="isolation=sealed"), do="fill,beat")
+    host.create(owner)
+    host.wait_said(owner, "filled .*")
+    before = host.show("MainPID", "ActiveState", unit=KEEPER)
+    assert before["ActiveState"] == "active"
+    host.systemctl("restart", UNIT)
+    assert host.dom0.run(["systemctl", "stop", KEEPER], check=False).status
+    late = host.guest(
+        "late", Entry(region, host.at, role="borrower"), do="await-fill,check,watch", slot=1
+    )
+    host.create(late)
+    host.wait_said(late, "checked pages=256 bad=0 seed=7")
+    host.wait_beats(late, 0)
+    assert host.show("MainPID", "ActiveState", unit=KEEPER) == before
+    host.destroy(owner, late)
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])

@@ -33,6 +33,7 @@ _LIBRARY_DIRS: Final = ("usr/lib", "usr/lib/*", "usr/lib64", "usr/local/lib", "l
 _XENCTRL: Final = re.compile(rb"libxenctrl\.so\.(\d+\.\d+)")
 _SYSTEMCTL_TIMEOUT_S: Final = 5.0
 _UNIT: Final = "xshmd.service"
+_KEEPER_SOCKET: Final = "run/xshmd-keeper/socket"
 
 
 class Check(NamedTuple):
@@ -67,6 +68,8 @@ def checks(machine: Machine) -> Iterator[Check]:
     yield from _binding(machine)
     yield _xl(machine)
     yield from _unit(machine)
+    if control.verdict == OK:
+        yield _keeper(machine.root)
 
 
 def _control_domain(root: Path) -> Check:
@@ -172,6 +175,18 @@ def _xl(machine: Machine) -> Check:
             "xl", WARNING, "there is no xl on PATH: xshmctl create needs it", "install xen-utils"
         )
     return Check("xl", OK, f"xl is {found}")
+
+
+def _keeper(root: Path) -> Check:
+    topic = "sealed regions"
+    if (root / _KEEPER_SOCKET).exists():
+        return Check(topic, OK, "xshmd-keeper runs: regions can be sealed")
+    return Check(
+        topic,
+        WARNING,
+        "xshmd-keeper does not run, without which no region can be sealed",
+        "systemctl enable --now xshmd-keeper",
+    )
 
 
 def _unit(machine: Machine) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from xshmd.model import GuestState, Lifetime, Region, Step
@@ -21,10 +21,13 @@ def steps_of(plan: ChangePlan, regions: Mapping[str, Region]) -> tuple[Step, ...
         plan: The plan; its own ``steps`` do not matter.
         regions: Those that exist, by id.
     """
+    terms = {region_id: region.terms for region_id, region in regions.items()}
+    terms |= {new.region_id: new.terms for new, _ in plan.creates}
+    sealed = {region_id for region_id, each in terms.items() if each.is_sealed}
     return (
         *_creates(plan, regions),
-        *(step for change in plan.guests for step in _attaches(change)),
-        *(step for change in plan.guests for step in _detaches(change)),
+        *(step for change in plan.guests for step in _attaches(change, sealed)),
+        *(step for change in plan.guests for step in _detaches(change, sealed)),
         *_lifetimes(plan),
         *_removes(plan, regions),
     )
@@ -53,27 +56,35 @@ def _holder(home: str) -> str:
     return "a new holder" if is_new_home(home) else f"holder {home}"
 
 
-def _attaches(change: GuestChange) -> Iterator[Step]:
+def _who(change: GuestChange, region_id: str, sealed: Collection[str]) -> str:
+    """Say who stands still for a change to a region."""
+    name = change.guest.name
+    return f"{name}'s whole group, which is sealed," if region_id in sealed else name
+
+
+def _attaches(change: GuestChange, sealed: Collection[str]) -> Iterator[Step]:
     guest = change.guest
     for request in change.attach:
+        who = _who(change, request.region_id, sealed)
         yield Step(
             verb="attach", region=request.region_id, guest=guest.name, domid=guest.domid,
-            text=f"pause {guest.name} and map {human_size(request.size_bytes)} of "
+            text=f"pause {who} and map {human_size(request.size_bytes)} of "
             f"{request.region_id} at {address_of(request.first_gfn):#x}",
         )  # fmt: skip
 
 
-def _detaches(change: GuestChange) -> Iterator[Step]:
+def _detaches(change: GuestChange, sealed: Collection[str]) -> Iterator[Step]:
     guest = change.guest
     away = guest.state is GuestState.REBOOTING
     for request in change.detach:
+        who = _who(change, request.region_id, sealed)
         size, at = human_size(request.size_bytes), address_of(request.first_gfn)
         yield Step(
             verb="detach", region=request.region_id, guest=guest.name,
             domid=None if away else guest.domid,
             text=f"do not give {guest.name} {request.region_id} again when it comes back"
             if away
-            else f"pause {guest.name} and unmap {size} of {request.region_id} at {at:#x}",
+            else f"pause {who} and unmap {size} of {request.region_id} at {at:#x}",
         )  # fmt: skip
 
 
