@@ -38,6 +38,8 @@ log = structlog.get_logger()
 COMES_BACK: Final = frozenset({SHUTDOWN_REBOOT, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG})
 """Ways a guest ends itself after which xl, as it is usually told to, makes it anew."""
 OWNER_GONE: Final = "owner gone"
+SLACK_S: Final = 0.01
+"""How much too early a look at the end of a grace may be: no other follows, and clocks round."""
 _THROUGH: Final = (GuestState.ATTACHED, GuestState.REBOOTING)
 """States of guests that have come through the gate."""
 
@@ -108,7 +110,7 @@ class Ends:
                 continue
             if guest.name in back:
                 await self._ledger.drop_guest(guest.generation)
-            elif self._clock.uptime() - guest.ended_at >= self._options.reboot_grace_s:
+            elif self._clock.uptime() - guest.ended_at >= self._options.reboot_grace_s - SLACK_S:
                 await self._ledger.drop_guest(guest.generation)
                 log.info("guest no longer awaited", guest=guest.name)
         await self._note_owners()
