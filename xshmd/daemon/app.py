@@ -104,7 +104,7 @@ async def run(settings: Settings) -> None:
                 notifier.send("READY=1", f"STATUS={_status(engine)}")
                 log.info("ready", socket=str(settings.socket_path), status=_status(engine))
                 if notifier.watchdog_s:
-                    nursery.start_soon(_feed_watchdog, notifier, engine)
+                    nursery.start_soon(feed_watchdog, notifier, engine)
     notifier.send("STOPPING=1")
     log.info("stopped")
 
@@ -154,9 +154,9 @@ async def _reload_on_signal(notifier: Notifier, engine: Reconciler) -> None:
             notifier.send("READY=1", f"STATUS={_status(engine)}")
 
 
-async def _feed_watchdog(notifier: Notifier, engine: Reconciler) -> None:
+async def feed_watchdog(notifier: Notifier, engine: Reconciler) -> None:
+    """Feed it after a round through the reconciler: one whose one writer is stuck is dead."""
     while True:
-        # Only after a round through the reconciler: a daemon whose one writer is stuck is dead.
         await engine.ping()
         notifier.send("WATCHDOG=1", f"STATUS={_status(engine)}")
         await trio.sleep(notifier.watchdog_s / 3)

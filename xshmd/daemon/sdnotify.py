@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -22,11 +23,15 @@ class Notifier:
         """The watchdog's period in seconds; 0 if there is none."""
 
     def send(self, *assignments: str) -> None:
-        """Send ``KEY=value`` assignments, in one message."""
+        """Send ``KEY=value`` assignments, in one message, if it can be taken at once.
+
+        A manager that is about to come back, or slow, must neither end nor hold up the daemon.
+        """
         if not self._address:
             return
         address = self._address
         if address.startswith("@"):
             address = "\0" + address[1:]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):
             sock.sendto("\n".join(assignments).encode(), address)
