@@ -243,7 +243,7 @@ class Contract:
 
 
 def _model(model: Any, arch: Arch) -> hypervisor.SimulatedXen:
-    made: hypervisor.SimulatedXen = model(arch, total_pages=1 << 18, dom0_pages=1 << 16)
+    made: hypervisor.SimulatedXen = model(arch, total_pages=1 << 17, dom0_pages=1 << 14)
     return made
 
 
@@ -280,8 +280,7 @@ def main() -> int:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if not caught:
             survivors.append(mutant.what)
-    for what in sorted(survivors):
-        print(f"survived: {what}")
+            print(f"survived: {mutant.what}", flush=True)
     share = 100 * (tried - len(survivors)) / max(tried, 1)
     print(
         f"{len(everything)} mutants, {tried} tried, {len(survivors)} survived: {share:.1f} % caught"

@@ -152,10 +152,6 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
                 self._put(entry.page)  # relinquish_p2m_mapping(): foreign references first
         for page in tuple(domain.pages):
             self._give_up(page)
-        domain.tables.clear()
-        domain.superpages.clear()
-        domain.direct.clear()
-        domain.iomem.clear()
         self._complete_if_unused(domain)
         self.on_domain_exception(domain.domid)
 

@@ -259,9 +259,8 @@ class Machine:
 
     def _give_up(self, page: Page) -> None:
         """put_page_alloc_ref()"""
-        if page.allocated:
-            page.allocated = False
-            self._free_if_unused(page)
+        page.allocated = False
+        self._free_if_unused(page)
 
     def drop_map(self, mapping: SimulatedMap, pages: Sequence[Page]) -> None:
         """Undo a mapping of the control domain, or one that a guest has by grants."""
