@@ -22,8 +22,8 @@ from varlink_fakes import OWNER, SNAPSHOT, FakeRegions, daemon
 from integration.virtio_driver import Driver
 from xshmd.ctl import args, lending, vhost_user
 from xshmd.ctl.__main__ import main
-from xshmd.errors import UsageError
-from xshmd.model import Backing, Event, EventKind, Isolation, RegionTerms, Snapshot
+from xshmd.errors import Refused, UsageError
+from xshmd.model import Backing, Event, EventKind, Prot, RegionTerms, Snapshot
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import offer
 from xshmd.vhost_user import session as session_module
@@ -100,13 +100,26 @@ class BackEnd:
         self.memories.append(Memory(devices=self._devices))
         return self.memories[-1]
 
-    def start(self) -> None:
+    def start(self, path: Path | None = None) -> None:
+        """Serve; connect to a front-end that is about to listen at the path, if one is given."""
+        if path is not None:
+            wait(lambda: self._connects(path))
         self._thread.start()
+
+    def _connects(self, path: Path) -> bool:
+        try:
+            self.backend.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
     def table(self) -> list[MemoryRegion]:
         return list(self.memories[-1].regions) if self.memories else []
 
     def close(self) -> None:
+        if self._thread.ident is None:
+            self.backend.close()
+            return
         self.backend.stop()
         self._thread.join(WAIT_S)
 
@@ -186,10 +199,8 @@ def test_serve_a_region(api: Regions, back_end: BackEnd, tmp_path: Path, capsys:
     path = tmp_path / "vhost"
 
     def script() -> None:
-        wait(path.exists)
+        back_end.start(path)
         assert path.stat().st_mode & 0o777 == 0o600
-        back_end.backend.connect(path)
-        back_end.start()
         wait(lambda: back_end.table() == [WHOLE])
         api.happens(Snapshot())
         wait(lambda: not back_end.table())
@@ -248,9 +259,7 @@ def test_the_daemon_may_go_and_come_back(
     first.__enter__()
 
     def script() -> None:
-        wait(path.exists)
-        back_end.backend.connect(path)
-        back_end.start()
+        back_end.start(path)
         wait(lambda: back_end.table() == [WHOLE])
         first.__exit__(None, None, None)
         assert back_end.table() == [WHOLE]
@@ -262,20 +271,68 @@ def test_the_daemon_may_go_and_come_back(
 
 
 @pytest.mark.usefixtures("socket_path", "holder")
+def test_what_is_wanted_back_is_given_back(
+    api: Regions,
+    back_end: BackEnd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    """The lease ends once the back-end has unmapped the region; if that then stays, it is given
+    anew."""
+    monkeypatch.setattr(lending, "GIVEN_UP_S", 0.05)
+    path = tmp_path / "vhost"
+
+    def script() -> None:
+        back_end.start(path)
+        wait(lambda: back_end.table() == [WHOLE])
+        (lease,) = api.leases
+        assert (lease.lease.region_id, lease.lease.prot) == ("r0", Prot.RW)
+        assert not lease.is_over
+        lease.want_back("remove")
+        wait(lambda: lease.is_over)
+        wait(lambda: back_end.table() == [WHOLE])
+        assert len(api.leases) == 2
+        assert not api.leases[1].is_over
+
+    assert run(script, "serve", str(path), "--region=r0") == 128 + signal.SIGTERM
+    events = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert events == ["listening", "connected", "given", "withdrawn", "given"]
+
+
+@pytest.mark.usefixtures("socket_path", "holder")
+def test_what_cannot_be_leased_is_not_offered(
+    api: Regions, back_end: BackEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("xshmd.ctl.render.say", said.append)
+    path = tmp_path / "vhost"
+    api.refusal = Refused("region r0 is prot=ro for all of its members")
+
+    def script() -> None:
+        back_end.start(path)
+        wait(lambda: bool(said))
+        assert not back_end.table()
+        api.refusal = None
+        api.happens(SNAPSHOT)
+        wait(lambda: back_end.table() == [WHOLE])
+
+    assert run(script, "serve", str(path), "--region=r0") == 128 + signal.SIGTERM
+    assert said == ["region r0 is not offered: region r0 is prot=ro for all of its members"]
+
+
+@pytest.mark.usefixtures("socket_path", "holder")
 def test_a_backend_that_comes_again_gets_it_again(back_end: BackEnd, tmp_path: Path) -> None:
     path = tmp_path / "vhost"
 
     def script() -> None:
-        wait(path.exists)
-        back_end.backend.connect(path)
-        back_end.start()
+        back_end.start(path)
         wait(lambda: back_end.table() == [WHOLE])
         (connection,) = back_end.backend._connections
         connection.channel._socket.shutdown(2)
         wait(lambda: not back_end.backend._connections)
         again = BackEnd(back_end._devices)
-        again.backend.connect(path)
-        again.start()
+        again.start(path)
         wait(lambda: again.table() == [WHOLE])
         again.close()
 
@@ -346,6 +403,19 @@ def test_a_guests_part_of_a_region() -> None:
     assert offer.parts(now, Target(guest="other")) == ((), ())
 
 
+def test_a_region_in_several_holders_is_several_parts() -> None:
+    now = [dict(one) for one in regions(dataclasses.replace(SNAPSHOT, guests=(OWNER,)))]
+    now[0]["pieces"] = [
+        {"holderUuid": "a", "holderDomainId": 3, "holderFirstFrame": 0x100, "frameCount": 16},
+        {"holderUuid": "b", "holderDomainId": 4, "holderFirstFrame": 0x900, "frameCount": 240},
+    ]
+    (one, two), _ = offer.parts(now, Target(guest="ctl", addresses=Addresses.GUEST))
+    assert (one.described.domid, two.described.domid) == (3, 4)
+    assert (one.described.size_bytes, two.described.size_bytes) == (16 << 12, 240 << 12)
+    assert two.described.guest_address == one.described.guest_address + (16 << 12)
+    assert two.described.mmap_offset == 0x900000
+
+
 def test_a_guest_that_is_not_there_has_nothing() -> None:
     assert offer.parts(regions(SNAPSHOT), Target(guest="log")) == ((), ())
 
@@ -356,7 +426,6 @@ def test_a_guest_that_is_not_there_has_nothing() -> None:
         ({"ready": False}, "not there"),
         ({"holder_uuid": "00000000-0000-0000-0000-000000000009"}, "not there"),
         ({"terms": RegionTerms(backing=Backing.HOST)}, "memory of the host"),
-        ({"terms": RegionTerms(isolation=Isolation.SEALED)}, "sealed"),
     ],
 )
 def test_what_cannot_be_offered(change: dict[str, object], why: str) -> None:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "share": WORDS | {"ports"},
     "varlink": WORDS,
     "vhost_user": WORDS | {"xen"},
-    "ctl": WORDS | {"", "config", "policy", "varlink", "vhost_user", "xen"},
+    "ctl": WORDS | {"", "config", "policy", "varlink", "vhost_user", "client", "xen"},
     "client": WORDS | {"varlink", "xen"},
     "keeper": WORDS | {"", "ports", "xen"},
     "daemon": WORDS
@@ -43,6 +43,7 @@ ONLY: dict[tuple[str, str], set[str]] = {
     ("ctl", "varlink"): {
         f"xshmd.varlink{module}" for module in ("", ".client", ".idl", ".records", ".wire")
     },
+    ("ctl", "client"): {"xshmd.client"},
     ("ctl", "xen"): {"xshmd.xen", "xshmd.xen.device_maps", "xshmd.xen.windows"},
     ("vhost_user", "xen"): {"xshmd.xen", "xshmd.xen.device_maps", "xshmd.xen.windows"},
     ("client", "varlink"): {"xshmd.varlink.client"},

@@ -6,37 +6,51 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
 
+from xshmd.client import Lease, connect
 from xshmd.ctl import render
 from xshmd.errors import Conflict, DaemonUnreachable, NoSuchRegion, Refused, XshmError
 from xshmd.units import PAGE_SIZE, DomId, Gfn
 from xshmd.varlink.client import Client
 from xshmd.vhost_user import offer, table
-from xshmd.vhost_user.offer import Part, Target
+from xshmd.vhost_user.offer import Part, Target, Withheld
 from xshmd.vhost_user.wire import MemoryRegion
 from xshmd.xen import device_maps
 from xshmd.xen.windows import Window
 
 AGAIN_S: Final = 1.0
 """When to try again to reach a daemon that is not there."""
+GIVEN_UP_S: Final = 10.0
+"""How long a region that was wanted back is left alone: longer than a removal may take."""
 TRIES: Final = 5
 """How often what there is may change while it is being lent."""
 
 
 class Lender:
-    """Says what is to be lent, and makes sure that it is the holder's and nobody else's.
+    """Says what is to be lent, leases it, and makes sure that it is the holder's and nobody else's.
 
-    A domid may come to mean another domain.  So a frame of each region is mapped here before the
-    daemon is asked whether the region is still there: while it is mapped, Xen gives the number to
-    nobody else, and what the daemon then says holds for as long as the back-end has the region.
+    A lease keeps a region from being freed under a back-end that has it mapped; when the region is
+    wanted back, the back-end has to give it up first.  And as a domid may come to mean another
+    domain, a frame of each part is mapped here before the daemon is asked whether the part is still
+    there: while it is mapped, Xen gives the number to nobody else, and what the daemon then says
+    holds for as long as the back-end has the part.
+
+    Args:
+        path: The daemon's socket.
+        target: What is wanted.
     """
 
-    def __init__(self, client: Client, target: Target) -> None:
-        self._client, self._target = client, target
-        self._pinned: dict[MemoryRegion, tuple[int, Window]] = {}
-        self._told: set[offer.Withheld] = set()
+    def __init__(self, path: str, target: Target) -> None:
+        self._path, self._target = path, target
+        self._connection = connect(path)
+        self._leases: dict[str, Lease] = {}
+        self._pinned: dict[Part, tuple[int, Window]] = {}
+        self._given_up: dict[Part, float] = {}
+        """What was wanted back, and until when it is not asked for again."""
+        self._told: set[Withheld] = set()
 
     def __enter__(self) -> Lender:
         return self
@@ -49,9 +63,8 @@ class Lender:
         found, withheld = self._ask()
         if self._target.region and not found:
             if withheld:
-                raise Refused(
-                    f"region {withheld[0].region_id} cannot be offered: {withheld[0].why}"
-                )
+                region_id, why = withheld[0].region_id, withheld[0].why
+                raise Refused(f"region {region_id} cannot be offered: {why}")
             raise NoSuchRegion(
                 f"there is no region {self._target.region}",
                 hint="xshmctl list shows those there are",
@@ -59,16 +72,20 @@ class Lender:
             )
 
     def current(self, before: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
-        """Return what is to be lent now, pinned; ``before`` if nobody can say.
+        """Return what is to be lent now, leased and pinned; ``before`` if nobody can say.
 
         Raises:
             Refused: Some of it cannot be reached.
         """
+        for lease in self._leases.values():
+            # A daemon that went away leaves its leases readable until somebody has looked.
+            with contextlib.suppress(DaemonUnreachable):
+                lease.poll()
         try:
             for _ in range(TRIES):
-                found, withheld = self._ask()
+                found, withheld = self._leased(*self._ask())
                 failed = self._pin(found)
-                if self._ask()[0] == found:
+                if self._leased(*self._ask())[0] == found:
                     if failed is not None:
                         raise failed
                     self._tell(withheld)
@@ -78,31 +95,73 @@ class Lender:
             return before
         raise Conflict("the regions change faster than they can be lent", hint="try again")
 
+    def filenos(self) -> list[int]:
+        """Return descriptors of which one is readable when something lent is wanted back."""
+        return [fd for lease in self._leases.values() if (fd := lease.fileno()) >= 0]
+
+    def patience(self) -> float | None:
+        """Return for how many seconds to wait before asking for what was given up; None: ever."""
+        if not self._given_up:
+            return None
+        return max(0.0, min(self._given_up.values()) - time.monotonic())
+
     def open_fd(self, region: MemoryRegion) -> int:
         """Return a descriptor to map the region through, and nothing else."""
-        return os.dup(self._pinned[region][0])
+        return os.dup(
+            next(fd for part, (fd, _) in self._pinned.items() if part.described == region)
+        )
 
     def keep(self, regions: Sequence[MemoryRegion]) -> None:
-        """Let go of all but these."""
-        for region in tuple(self._pinned):
-            if region not in regions:
-                fd, anchor = self._pinned.pop(region)
+        """Let go of all but these: nobody has the rest mapped any more."""
+        for part in tuple(self._pinned):
+            if part.described not in regions:
+                fd, anchor = self._pinned.pop(part)
                 anchor.close()
                 os.close(fd)
+        for region_id in self._leases.keys() - {part.region_id for part in self._pinned}:
+            self._leases.pop(region_id).close()
 
     def forget(self) -> None:
         """Let go of everything."""
         self.keep(())
 
-    def _ask(self) -> tuple[tuple[Part, ...], tuple[offer.Withheld, ...]]:
-        return offer.parts(self._client.call("ListRegions")["regions"], self._target)
+    def _ask(self) -> tuple[tuple[Part, ...], tuple[Withheld, ...]]:
+        with Client(self._path) as client:  # one that was idle for long is closed by the daemon
+            regions = client.call("ListRegions")["regions"]
+        return offer.parts(regions, self._target)
+
+    def _leased(
+        self, found: Sequence[Part], withheld: Sequence[Withheld]
+    ) -> tuple[tuple[Part, ...], tuple[Withheld, ...]]:
+        """Leave out what is wanted back, or cannot be leased; have a lease of the rest."""
+        now = time.monotonic()
+        self._given_up = {
+            part: until for part, until in self._given_up.items() if part in found and until > now
+        }
+        refused: list[Withheld] = list(withheld)
+        kept: list[Part] = []
+        for part in found:
+            if part in self._given_up:
+                continue
+            try:
+                if part.region_id not in self._leases:
+                    self._leases[part.region_id] = self._connection.lease(part.region_id, "rw")
+                if self._leases[part.region_id].poll():
+                    self._given_up[part] = now + GIVEN_UP_S
+                    continue
+            except DaemonUnreachable:
+                raise
+            except XshmError as error:
+                refused.append(Withheld(part.region_id, error.message))
+                continue
+            kept.append(part)
+        return tuple(kept), tuple(refused)
 
     def _pin(self, found: Sequence[Part]) -> Refused | None:
         for part in found:
-            region = part.described
-            if region in self._pinned:
+            if part in self._pinned:
                 continue
-            domid = DomId(region.domid)
+            domid = DomId(part.described.domid)
             try:
                 fd = device_maps.open_restricted(domid)
             except OSError as error:
@@ -112,15 +171,16 @@ class Lender:
                 )
             anchor = Window(PAGE_SIZE)
             try:
-                device_maps.map_frames(anchor, fd, domid, Gfn(table.first_frame(region)))
+                first_gfn = Gfn(table.first_frame(part.described))
+                device_maps.map_frames(anchor, fd, domid, first_gfn)
             except OSError as error:
                 anchor.close()
                 os.close(fd)
                 return Refused(f"region {part.region_id} cannot be mapped by dom0: {error}")
-            self._pinned[region] = (fd, anchor)
+            self._pinned[part] = (fd, anchor)
         return None
 
-    def _tell(self, withheld: Sequence[offer.Withheld]) -> None:
+    def _tell(self, withheld: Sequence[Withheld]) -> None:
         for each in withheld:
             if each not in self._told:
                 render.say(f"region {each.region_id} is not offered: {each.why}")

@@ -22,7 +22,6 @@ from xshmd.ctl.lending import Lender, Watch
 from xshmd.ctl.signals import Signals
 from xshmd.errors import Conflict, Refused
 from xshmd.units import human_size
-from xshmd.varlink.client import Client
 from xshmd.vhost_user.channel import Channel, Disconnected
 from xshmd.vhost_user.frontend import Frontend, Queue
 from xshmd.vhost_user.offer import Addresses, Target
@@ -41,8 +40,7 @@ def run(options: Any) -> int:
     )  # fmt: skip
     signals = Signals()
     with signals.caught(), contextlib.ExitStack() as closing:
-        client = closing.enter_context(Client(options.socket))
-        lender = closing.enter_context(Lender(client, target))
+        lender = closing.enter_context(Lender(options.socket, target))
         lender.check()
         watch = closing.enter_context(Watch(options.socket))
         said = Said(options.json)
@@ -59,7 +57,8 @@ def run(options: Any) -> int:
                     if isinstance(why, Refused) and not serving:
                         raise
                 finally:
-                    lender.forget()
+                    with signals.held():
+                        lender.forget()
     return 0
 
 
@@ -79,7 +78,8 @@ def _serve(
         watch.clear()
         with signals.held():  # what was given is also said
             running = _update(frontend, lender, queues, running, said)
-        ready, _, _ = select.select([channel.fileno(), watch.fileno()], [], [])
+        awaited = [channel.fileno(), watch.fileno(), *lender.filenos()]
+        ready, _, _ = select.select(awaited, [], [], lender.patience())
         if channel.fileno() in ready and (message := channel.receive_some()) is not None:
             for fd in message.fds:
                 os.close(fd)

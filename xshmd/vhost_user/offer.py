@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from xshmd.units import Gfn, address_of, bytes_of
-from xshmd.vhost_user.wire import MemoryRegion, VringAddress, XenFlag
+from xshmd.vhost_user.wire import PLAIN, MemoryRegion, VringAddress, XenFlag
 
 Fields = Mapping[str, Any]
 """A record as the interface ``io.xshmd.Regions`` says it."""
@@ -39,6 +39,8 @@ class Target:
     guest: str = ""
     """Name or domid."""
     addresses: Addresses = Addresses.HOLDER
+    no_advance: XenFlag = PLAIN
+    """The flag that says not to map it in advance, as the back-end knows it; none: do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,19 +76,33 @@ def parts(
             why = _why_not(region)
             if why:
                 withheld.append(Withheld(region["id"], why))
-                continue
-            at = address_of(Gfn(region["holderFirstFrame"] + offset_frames))
+            else:
+                found += _described(region, user_address, offset_frames, nr_frames, target)
+    return tuple(found), tuple(withheld)
+
+
+def _described(
+    region: Fields, user_address: int, offset_frames: int, nr_frames: int, target: Target
+) -> Iterator[Part]:
+    """Yield a part for each run of frames that one holder has in a row."""
+    begin, end = offset_frames, offset_frames + nr_frames
+    piece_begin = 0
+    for piece in region.get("pieces") or (region,):
+        first, last = max(begin, piece_begin), min(end, piece_begin + piece["frameCount"])
+        if first < last:
+            at = address_of(Gfn(piece["holderFirstFrame"] + first - piece_begin))
+            user = user_address + bytes_of(first - begin)
             by_guest = target.addresses is Addresses.GUEST
             described = MemoryRegion(
-                guest_address=user_address if by_guest else at,
-                size_bytes=bytes_of(nr_frames),
-                user_address=user_address,
+                guest_address=user if by_guest else at,
+                size_bytes=bytes_of(last - first),
+                user_address=user,
                 mmap_offset=at if by_guest else 0,
-                xen_flags=XenFlag.FOREIGN,
-                domid=region["holderDomainId"],
+                xen_flags=XenFlag.FOREIGN | target.no_advance,
+                domid=piece["holderDomainId"],
             )
-            found.append(Part(region["id"], region["holderUuid"], described))
-    return tuple(found), tuple(withheld)
+            yield Part(region["id"], piece["holderUuid"], described)
+        piece_begin += piece["frameCount"]
 
 
 def _wanted_of(region: Fields, target: Target) -> Iterator[tuple[int, int, int]]:
@@ -107,11 +123,8 @@ def _why_not(region: Fields) -> str:
     terms: Fields = region.get("terms") or {}
     if terms.get("backing") == "host":
         return "it is memory of the host, which no domain has"
-    if terms.get("isolation") == "sealed":
-        return "it is sealed: not even dom0 can map it"
-    if terms.get("transport") == "grant":
-        return "it is given by grants"
-    if not region["ready"] or region.get("holderDomainId") is None:
+    pieces = region.get("pieces") or (region,)
+    if not region["ready"] or any(piece.get("holderDomainId") is None for piece in pieces):
         return "its memory is not there (any more)"
     return ""
 
