@@ -256,12 +256,12 @@ async def test_the_pause_is_measured(autojump_clock: MockClock) -> None:
         events = []
         while channel.statistics().current_buffer_used:
             events.append(channel.receive_nowait())
-        first, second = pauses_of(events)
-        assert (first.pause_us, first.size_bytes) == (0, 4 * 4096)
-        assert 250_000 <= second.pause_us < 400_000
-        assert second.reason == "guest created; 1 guests stood still"
+        (pause,) = pauses_of(events)  # the first had nobody to wait for it
+        assert pause.size_bytes == 4 * 4096
+        assert 250_000 <= pause.pause_us < 400_000
+        assert pause.reason == "guest created; 1 guest stood still"
         (region,) = daemon.engine.snapshot().regions
-        assert region.pause_us == second.pause_us
+        assert region.pause_us == pause.pause_us
         await host.tools.end(a)
         await host.tools.end(b)
 
@@ -279,7 +279,9 @@ async def test_a_pause_that_would_be_too_long_is_given_up(autojump_clock: MockCl
                 autojump_clock.jump(0.6)
 
         host.xen.before = slow
-        with pytest.raises(Refused, match=r"would stand still for about 1.* s while 32 MiB"):
+        with pytest.raises(
+            Refused, match=r"2 guests of its group would stand still for about 1.* s"
+        ):
             await daemon.engine.apply([AttachRegion(guest="b", request=host.borrow("r"))])
         host.xen.before = lambda call: None
         assert host.pages(a.domid, r) == before

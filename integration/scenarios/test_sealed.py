@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import pytest
@@ -57,7 +58,8 @@ def test_guests_join_and_leave_while_others_talk(host: Host) -> None:
     assert host.region(region)["pauseMicroseconds"] > 0
     host.apply(detach(third, region))
     host.wait_beats(second, 0)
-    host.wait_log("group paused .*why='admin; 2 guests stood still'", since)
+    # The third has nothing any more, and the same target for as long as it runs.
+    host.wait_log("group paused .*why='admin; 3 guests stood still'", since)
     assert is_empty(host, region)
     host.destroy(first, second, third)
 
@@ -126,24 +128,28 @@ def test_filled_beforehand_and_given_to_guests_that_run(host: Host) -> None:
 @pytest.mark.alike
 def test_a_pause_that_is_too_long_is_refused(host: Host) -> None:
     """What may not stand still for so long goes on with what it has."""
-    region = host.unique("sealed")
+    region, since = host.unique("sealed"), host.mark
     with host.daemon_with("--pause-ceiling", "0.0001"):
-        refused = host.guest("refused", Entry(region, host.at, more=SEALED))
-        done = host.create(refused, check=False)
-        assert done.status
-        since = host.log()
-        assert "would stand still for about" in since
-    host.wait(lambda: not host.regions(), "the region is gone")
+        first = host.guest("first", Entry(region, host.at, more=SEALED), do="fill,beat")
+        host.create(first)
+        host.wait_said(first, "filled .*")
+        refused = host.guest("refused", Entry(region, host.at, role="borrower"), slot=1)
+        assert host.create(refused, check=False).status
+        ((_, reason),) = host.refusals(since)
+        assert "1 guest of its group would stand still for about" in reason
+    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=2)
+    host.create(watcher)
+    host.wait_beats(watcher, 0)
+    host.destroy(first, watcher)
 
 
-@pytest.mark.alike
 @pytest.mark.parametrize("moment", ["window-preparing", "window-swapping", "window-sealing"])
 def test_killed_in_a_window(host: Host, moment: str) -> None:
     """kill -9 at any phase of a window: the next daemon undoes or finishes it, and all go on."""
     region = host.unique("sealed")
-    first = host.guest("first", Entry(region, host.at, 8 * MIB, more=SEALED), do="fill,beat")
+    first = host.guest("first", Entry(region, host.at, 32 * MIB, more=SEALED), do="fill,beat")
     second = host.guest(
-        "second", Entry(region, host.at, 8 * MIB, role="borrower"),
+        "second", Entry(region, host.at, 32 * MIB, role="borrower"),
         do="await-fill,check,watch", slot=1,
     )  # fmt: skip
     host.create(first)
@@ -157,7 +163,7 @@ def test_killed_in_a_window(host: Host, moment: str) -> None:
     host.await_killed()
     host.start_daemon()
     creating.wait(300)
-    host.wait_said(second, "checked pages=2048 bad=0 seed=7")
+    host.wait_said(second, "checked pages=8192 bad=0 seed=7")
     host.wait_beats(second, 0)
     assert is_empty(host, region)
     host.destroy(first, second)
@@ -167,11 +173,14 @@ def test_killed_in_a_window(host: Host, moment: str) -> None:
 def test_the_pause_is_told(host: Host) -> None:
     """How long the group stood still is in the log, in the record, and in what show says."""
     region = host.unique("sealed")
-    guest = host.guest("guest", Entry(region, host.at, 64 * PAGE, more=SEALED))
-    host.create(guest)
+    one = host.guest("one", Entry(region, host.at, 64 * PAGE, more=SEALED))
+    other = host.guest("other", Entry(region, host.at, 64 * PAGE, "borrower"), slot=1)
+    host.create(one)
+    assert host.region(region)["pauseMicroseconds"] is None, "nobody had to stand still"
+    host.create(other)
     shown = host.xshmctl("show", region).text
-    assert "Isolation" in shown
+    assert re.search(r"Isolation: sealed", shown)
     assert "ms a MiB" in shown
     found = json.loads(host.xshmctl("-j", "show", region).text)["region"]
     assert found["pauseMicroseconds"] == host.region(region)["pauseMicroseconds"] > 0
-    host.destroy(guest)
+    host.destroy(one, other)

@@ -150,14 +150,14 @@ class Standstill:
         return found
 
     def end(self, window: Window) -> int:
-        """Give all pauses back; return for how long they were, in microseconds."""
+        """Give all pauses back; return for how long they were, in microseconds; 0 if nobody's."""
         times = self._times.pop(window.holder_uuid, {})
         for guest in self._paused_by(window):
             if guest.generation in times:
                 self._unpause(guest)
         lasted_s = self.lasted_s(window.holder_uuid)
         self._began.pop(window.holder_uuid, None)
-        return round(lasted_s * 1e6)
+        return round(lasted_s * 1e6) if times else 0
 
     def _unpause(self, guest: Guest) -> None:
         try:

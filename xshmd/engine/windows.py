@@ -33,7 +33,7 @@ from xshmd.engine.window_records import Fresh, Phase, Window
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Event, EventKind, Guest, GuestState, Holder, Region
-from xshmd.policy.sealing import Pace, check_alike, check_pause
+from xshmd.policy.sealing import Pace, check_alike, check_pause, count_of
 from xshmd.ports import Hypervisor, Keeper
 from xshmd.units import SUPERPAGE_FRAMES, Gfn, bytes_of
 
@@ -391,13 +391,15 @@ class Windows:
     # -- what is said of it ---------------------------------------------------------------------
 
     def _tell(self, window: Window, holder: Holder, pause_us: int, nr_guests: int) -> None:
+        if not nr_guests:
+            return
         size_bytes = bytes_of(sum(fresh.nr_frames for fresh in window.fresh))
         self._hub.emit(
             Event(
                 kind=EventKind.GROUP_PAUSED, domid=holder.domid, holder_uuid=holder.uuid,
                 region=", ".join(fresh.region_id for fresh in window.fresh),
                 size_bytes=size_bytes, pause_us=pause_us,
-                reason=f"{window.reason}; {nr_guests} guests stood still",
+                reason=f"{window.reason}; {count_of(nr_guests)} stood still",
             )
         )  # fmt: skip
 

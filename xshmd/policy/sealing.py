@@ -70,14 +70,19 @@ class Pace:
         return nr_fresh * self.fresh_s + nr_moved * (self.map_s or FIRST_MAP_S)
 
 
+def count_of(nr_guests: int) -> str:
+    """Say how many guests that is."""
+    return "1 guest" if nr_guests == 1 else f"{nr_guests} guests"
+
+
 def check_pause(
     what: str, seconds: float, ceiling_s: float, nr_frames: int, nr_guests: int
 ) -> None:
     """Raise Refused if a group would stand still for longer than it may."""
-    if seconds > ceiling_s:
+    if nr_guests and seconds > ceiling_s:
         raise Refused(
-            f"{what}: its group of {nr_guests} guests would stand still for about {seconds:.2g} s"
-            f" while {human_size(bytes_of(nr_frames))} are put on fresh pages, and"
+            f"{what}: {count_of(nr_guests)} of its group would stand still for about"
+            f" {seconds:.2g} s while {human_size(bytes_of(nr_frames))} are put on fresh pages, and"
             f" {ceiling_s:g} s is the most it may",
             hint="make sealed regions smaller, or let xshmd pause them longer (--pause-ceiling)",
         )
