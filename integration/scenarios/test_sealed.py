@@ -143,6 +143,7 @@ def test_a_pause_that_is_too_long_is_refused(host: Host) -> None:
     host.destroy(first, watcher)
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("moment", ["window-preparing", "window-swapping", "window-sealing"])
 def test_killed_in_a_window(host: Host, moment: str) -> None:
     """kill -9 at any phase of a window: the next daemon undoes or finishes it, and all go on."""
@@ -169,6 +170,7 @@ def test_killed_in_a_window(host: Host, moment: str) -> None:
     host.destroy(first, second)
 
 
+@pytest.mark.alike
 @pytest.mark.alike
 def test_the_pause_is_told(host: Host) -> None:
     """How long the group stood still is in the log, in the record, and in what show says."""
