@@ -71,7 +71,7 @@ def check_the_rest(host: Host, member: Member, holder: int) -> None:
     assert member.ask("port", holder) == -errno.ENOSPC
     if host.arch == "x86_64":
         assert member.ask("ioreq-server", holder) == -errno.ENOSPC
-    assert member.ask("grant-frame", holder, 1, hole(host) >> 12) == -errno.EINVAL
+    assert member.ask("grant-frame", holder, 1, hole(host) >> 12) < 0
     assert member.ask("grant-table", holder, 2) < 0
     for _ in range(NR_EXTENTS):
         gfn = ANCHOR_GFN + 0x100000 + next(_numbers)
