@@ -33,8 +33,8 @@ HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
 PHASES: Final = (
-    "map", "grants", "scatter", "bells", "windows", "creates", "restarts", "client", "counts",
-    "linux",
+    "map", "vhost", "grants", "scatter", "bells", "windows", "creates", "restarts", "client",
+    "counts", "linux",
 )  # fmt: skip
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 C_PROGRAMS: Final = {
@@ -45,7 +45,7 @@ C_PROGRAMS: Final = {
 
 ALONE: Final = {
     "grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py", "bells": "bells_in_dom0.py",
-    "windows": "windows_in_dom0.py",
+    "windows": "windows_in_dom0.py", "vhost": "vhost_in_dom0.py",
 }  # fmt: skip
 """Phases with a program of their own."""
 SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
@@ -128,6 +128,10 @@ def report(result: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     if "map" in result:
         rows += report_map(result["map"])
+    if "vhost" in result:
+        series = result["vhost"]["series"]
+        what = "SET_MEM_TABLE of 8 x 32 MiB / bare foreign map"
+        rows.append((what, compare(series, "table", "bare"), "<= 1.1"))
     if "scatter" in result:
         rows += report_scatter(result["scatter"])
     if "grants" in result:

@@ -197,6 +197,13 @@ class Memory:
         with found.access(offset, size_bytes) as view:
             yield view
 
+    @contextlib.contextmanager
+    def access_user(self, user_address: int, size_bytes: int) -> Iterator[memoryview]:
+        """Do as :meth:`access` for an address as SET_VRING_ADDR has it."""
+        found, offset = self._find(user_address, size_bytes, _user)
+        with found.access(offset, size_bytes) as view:
+            yield view
+
     def pieces(self, guest_address: int, size_bytes: int) -> list[tuple[int, int]]:
         """Cut a range where one region ends and another begins: (address, size in bytes) each.
 

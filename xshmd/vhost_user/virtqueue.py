@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import struct
 import threading
+from contextlib import AbstractContextManager
 from typing import Final
 
-from xshmd.vhost_user.memory import Memory, OutsideMemory
+from xshmd.vhost_user.memory import Memory
 from xshmd.vhost_user.wire import VringAddress
 
 DESC_F_NEXT: Final = 1
@@ -76,7 +77,7 @@ class Virtqueue:
         """Take the next request; None if there is none.
 
         Raises:
-            BrokenQueue: The driver's doing makes no sense.
+            BrokenQueue, OutsideMemory, CannotMap: The driver's doing makes no sense.
         """
         available = self._u16(self._where.available, 2)
         waiting = (available - self.next_available) & 0xFFFF
@@ -97,11 +98,13 @@ class Virtqueue:
             chain: The request.
             written_bytes: How much of its writable part was written, from its start.
         """
-        slot = self._bytes(self._where.used + 4 + 8 * (self._next_used % self._size), 8)
-        _USED.pack_into(slot, 0, chain.head, written_bytes)
+        slot = self._where.used + 4 + 8 * (self._next_used % self._size)
+        with self._ring(slot, _USED.size) as view:
+            _USED.pack_into(view, 0, chain.head, written_bytes)
         self._next_used = (self._next_used + 1) & 0xFFFF
         fence()
-        self._bytes(self._where.used + 2, 2).cast("H")[0] = self._next_used
+        with self._ring(self._where.used + 2, 2) as view:
+            view.cast("H")[0] = self._next_used
         fence()
         return not self._u16(self._where.available, 0) & AVAIL_F_NO_INTERRUPT
 
@@ -138,25 +141,19 @@ class Virtqueue:
 
     def _descriptor(self, table: int, index: int, *, indirect: bool) -> tuple[int, int, int, int]:
         at = table + index * _DESCRIPTOR.size
-        try:
-            if indirect:  # a guest address, in whatever memory
-                with self._memory.access(at, _DESCRIPTOR.size) as view:
-                    raw = bytes(view)
-            else:
-                raw = bytes(self._memory.view_user(at, _DESCRIPTOR.size))
-        except OutsideMemory as outside:
-            raise BrokenQueue(str(outside)) from outside
+        # An indirect table is where the driver says, the queue's own where the front-end does.
+        access = self._memory.access if indirect else self._memory.access_user
+        with access(at, _DESCRIPTOR.size) as view:
+            raw = bytes(view)
         address, length, flags, following = _DESCRIPTOR.unpack(raw)
         return address, length, flags, following
 
     def _u16(self, start: int, offset: int) -> int:
-        return self._bytes(start + offset, 2).cast("H")[0]
+        with self._ring(start + offset, 2) as view:
+            return view.cast("H")[0]
 
-    def _bytes(self, user_address: int, size_bytes: int) -> memoryview:
-        try:
-            return self._memory.view_user(user_address, size_bytes)
-        except OutsideMemory as outside:
-            raise BrokenQueue(str(outside)) from outside
+    def _ring(self, user_address: int, size_bytes: int) -> AbstractContextManager[memoryview]:
+        return self._memory.access_user(user_address, size_bytes)
 
 
 _fence: Final = threading.Lock()
