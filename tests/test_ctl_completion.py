@@ -71,7 +71,15 @@ def test_every_option_it_knows_exists(verb: str) -> None:
         assert {option for option in real if option.startswith("--")} <= known
 
 
-@pytest.mark.parametrize(("verb", "option"), [("convert", "--to"), ("check", "--arch")])
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("convert", "--to"),
+        ("check", "--arch"),
+        ("vhost-user", "--addresses"),
+        ("vhost-user", "--no-advance-map"),
+    ],
+)
 def test_it_knows_the_values_of_an_option(verb: str, option: str) -> None:
     _, parsers = args.parsers([verb])
     (action,) = (a for a in parsers[verb]._actions if option in a.option_strings)

@@ -403,6 +403,13 @@ def test_a_guests_part_of_a_region() -> None:
     assert offer.parts(now, Target(guest="other")) == ((), ())
 
 
+@pytest.mark.parametrize(("word", "flags"), [("specification", 0x101), ("rust-vmm", 0x9)])
+def test_not_in_advance(word: str, flags: int) -> None:
+    target = Target(region="r0", no_advance=offer.NO_ADVANCE_FLAGS[word])
+    (part,), _ = offer.parts(regions(SNAPSHOT), target)
+    assert part.described.xen_flags == flags
+
+
 def test_a_region_in_several_holders_is_several_parts() -> None:
     now = [dict(one) for one in regions(dataclasses.replace(SNAPSHOT, guests=(OWNER,)))]
     now[0]["pieces"] = [

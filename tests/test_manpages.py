@@ -123,7 +123,7 @@ def test_the_options_of_a_verb_are_those_it_has(verb: str) -> None:
     assert options_in(text) == real - COMMON
 
 
-@pytest.mark.parametrize("verb", ["check", "convert"])
+@pytest.mark.parametrize("verb", ["check", "convert", "vhost-user"])
 def test_every_value_of_a_choice_is_explained(verb: str) -> None:
     _, parsers = args.parsers([verb])
     text = {t.split()[0]: text for t, text in sections("xshmctl.1", "SS").items()}[verb]

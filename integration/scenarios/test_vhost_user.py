@@ -162,13 +162,14 @@ def test_a_descriptor_is_good_for_one_domain_only(host: Host) -> None:
     host.apply({"remove": {"region": region}})
 
 
-def test_granted_memory(host: Host) -> None:
+def test_granted_memory_and_memory_on_demand(host: Host) -> None:
     """A back-end maps what its front-end names by grant references: at once and till the end, or,
     if the description says so in either of the two ways, each part for as long as it uses it."""
-    done = host.dom0.run(["python3", "-m", "tests.vhost_user_grants_on_xen"], cwd="/rig")
+    done = host.dom0.run(["python3", "-m", "tests.vhost_user_ways_on_xen"], cwd="/rig")
     assert done.text.splitlines() == [
         "flags 0x2: 16 mapped, right True, 0 left",
         "flags 0x102: 0 mapped, right True, 0 left",
         "flags 0xa: 0 mapped, right True, 0 left",
+        "flags 0x101: 0 mapped, right True, 0 left",
         "0 in use at the end",
     ]

@@ -24,7 +24,7 @@ from xshmd.errors import Conflict, Refused
 from xshmd.units import human_size
 from xshmd.vhost_user.channel import Channel, Disconnected
 from xshmd.vhost_user.frontend import Frontend, Queue
-from xshmd.vhost_user.offer import Addresses, Target
+from xshmd.vhost_user.offer import NO_ADVANCE_FLAGS, Addresses, Target
 from xshmd.vhost_user.wire import MemoryRegion, ProtocolViolation
 
 AGAIN_S: Final = 1.0
@@ -36,7 +36,7 @@ def run(options: Any) -> int:
     """Serve one back-end after the other until a signal comes."""
     target = Target(
         region=options.region or "", guest=options.guest or "",
-        addresses=Addresses(options.addresses),
+        addresses=Addresses(options.addresses), no_advance=NO_ADVANCE_FLAGS[options.no_advance_map],
     )  # fmt: skip
     signals = Signals()
     with signals.caught(), contextlib.ExitStack() as closing:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xshmd.vhost_user.frontend import Queue
-from xshmd.vhost_user.offer import Addresses, parse_queue
+from xshmd.vhost_user.offer import NO_ADVANCE_FLAGS, Addresses, parse_queue
 
 
 class _AddQueue(argparse.Action):
@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--addresses", choices=[each.value for each in Addresses], default=Addresses.HOLDER.value,
         help="whose addresses the guest addresses are (default: holder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-advance-map", choices=list(NO_ADVANCE_FLAGS), default="never", metavar="FLAG",
+        help="have it mapped only while it is used, as this says it: specification or rust-vmm "
+        "(default: never)",
     )  # fmt: skip
     parser.add_argument(
         "--queue", dest="queues", action=_AddQueue, default=[], metavar="QUEUE",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from xshmd.units import Gfn, address_of, bytes_of
@@ -29,6 +30,16 @@ class Addresses(enum.StrEnum):
     GUEST = "guest"
     """The address at which the guest has it, so that its descriptors mean what they say; where the
     frame is in the holder is then the offset.  Takes a back-end that minds that, as ours does."""
+
+
+NO_ADVANCE_FLAGS: Final = MappingProxyType(
+    {
+        "never": PLAIN,
+        "specification": XenFlag.NO_ADVANCE_MAP,
+        "rust-vmm": XenFlag.NO_ADVANCE_MAP_RUST_VMM,
+    }
+)
+"""Ways to say that a region is not to be mapped in advance."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

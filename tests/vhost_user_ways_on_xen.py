@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Granted memory through both ends of vhost-user, in dom0 of a real Xen.
+"""Granted and foreign memory through both ends of vhost-user, in dom0 of a real Xen.
 
-    python3 -m tests.vhost_user_grants_on_xen
+    python3 -m tests.vhost_user_ways_on_xen
 
 A holder grants frames to dom0; a front-end describes them by their references, a back-end maps them
 through /dev/xen/gntdev and answers a queue in them: mapped in advance, and only while it is needed.
+The same frames are mapped through /dev/xen/privcmd as they are needed.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from pathlib import Path
 from integration.virtio_driver import Driver
 from xshmd.engine.holders import enlarge_paging_pool
 from xshmd.policy.identity import new_holder_uuid
-from xshmd.units import DOMID_0, PAGE_SHIFT, DomId, Gfn, bytes_of
+from xshmd.units import DOMID_0, PAGE_SHIFT, DomId, Gfn, address_of, bytes_of
 from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.block import BlockDevice
 from xshmd.vhost_user.channel import Channel
 from xshmd.vhost_user.frontend import Frontend
 from xshmd.vhost_user.table import GRANT_ADDRESS_BIT
-from xshmd.vhost_user.wire import PLAIN, MemoryRegion, XenFlag
-from xshmd.xen.device_maps import GNTDEV
+from xshmd.vhost_user.wire import MemoryRegion, XenFlag
+from xshmd.xen.device_maps import GNTDEV, open_restricted
 from xshmd.xen.hypervisor import XenHypervisor
 
 FIRST_GFN, FIRST_REF, FRAMES, USER = Gfn(0x40200), 8, 16, 0x10000
+GRANTED_AT = GRANT_ADDRESS_BIT | FIRST_REF << PAGE_SHIFT
 WAIT_S = 120.0
+
+
+def open_device(region: MemoryRegion) -> int:
+    """Open what the region is to be mapped through."""
+    if XenFlag.GRANT in region.xen_flags:
+        return os.open(GNTDEV, os.O_RDWR | os.O_CLOEXEC)
+    return open_restricted(DomId(region.domid))
 
 
 def ask(frontend: Frontend, memory: memoryview, region: MemoryRegion) -> bytes:
@@ -54,13 +63,19 @@ def serve(xen: XenHypervisor, holder: DomId, memory: memoryview, disk: int) -> N
     channel = Channel(ours)
     frontend = Frontend(channel, timeout_s=WAIT_S)
     frontend.negotiate(xen=True)
-    for flag in (PLAIN, XenFlag.NO_ADVANCE_MAP, XenFlag.NO_ADVANCE_MAP_RUST_VMM):
+    for flags in (
+        XenFlag.GRANT,
+        XenFlag.GRANT | XenFlag.NO_ADVANCE_MAP,
+        XenFlag.GRANT | XenFlag.NO_ADVANCE_MAP_RUST_VMM,
+        XenFlag.FOREIGN | XenFlag.NO_ADVANCE_MAP,
+    ):
+        granted = XenFlag.GRANT in flags
         region = MemoryRegion(
-            guest_address=GRANT_ADDRESS_BIT | FIRST_REF << PAGE_SHIFT, size_bytes=bytes_of(FRAMES),
-            user_address=USER, xen_flags=XenFlag.GRANT | flag, domid=holder,
+            guest_address=GRANTED_AT if granted else address_of(FIRST_GFN),
+            size_bytes=bytes_of(FRAMES), user_address=USER, xen_flags=flags, domid=holder,
         )  # fmt: skip
         memory[:] = bytes(len(memory))
-        frontend.give([region], lambda _: os.open(GNTDEV, os.O_RDWR | os.O_CLOEXEC))
+        frontend.give([region], open_device)
         mapped = xen.grants_in_use(holder, FIRST_REF, FRAMES)
         right = ask(frontend, memory, region) == os.pread(disk, 512, 3 * 512) + b"\0"
         frontend.give([], lambda _: -1)
