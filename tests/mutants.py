@@ -28,7 +28,8 @@ from fakes import hypervisor
 
 from xshmd.model import Arch
 
-MUTANT_LIMIT_S: Final = 20.0
+MUTANT_LIMIT_S: Final = 60.0
+"""Of processor time: one that goes on for ever is caught, a busy machine catches nothing."""
 TRACES: Final = range(6)
 NOT_OF_XEN: Final = frozenset(
     {
@@ -207,10 +208,9 @@ class Contract:
             for arch in Arch
             for seed in TRACES
         }
-        self._checks: list[Callable[[Any], None]] = [
-            self._case(case, arch) for _, case in CASES for arch in Arch
-        ]
-        self._checks += [self._trace(arch, seed) for arch in Arch for seed in TRACES]
+        checks = [self._case(case, arch) for _, case in CASES for arch in Arch]
+        checks += [self._trace(arch, seed) for arch in Arch for seed in TRACES]
+        self._checks = [(check, _methods_used(check)) for check in checks]
 
     def _case(self, case: Any, arch: Arch) -> Callable[[Any], None]:
         def check(model: Any) -> None:
@@ -231,15 +231,34 @@ class Contract:
 
         return check
 
-    def catches(self, model: Any) -> bool:
-        """Return whether any check fails with this model."""
-        for place, check in enumerate(self._checks):
+    def catches(self, mutant: Mutant) -> bool:
+        """Return whether any check fails that comes to the broken method."""
+        model = _broken_model(mutant)
+        for place, (check, used) in enumerate(self._checks):
+            if mutant.method.tree.name not in used:
+                continue
             try:
                 check(model)
             except (Exception, _TookTooLong):
                 self._checks.insert(0, self._checks.pop(place))
                 return True
         return False
+
+
+def _methods_used(check: Callable[[Any], None]) -> set[str]:
+    """Return the names of the fakes' functions that a check comes to; it must not fail."""
+    used: set[str] = set()
+
+    def see(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("fakes."):
+            used.add(frame.f_code.co_name)
+
+    sys.setprofile(see)
+    try:
+        check(hypervisor.SimulatedXen)
+    finally:
+        sys.setprofile(None)
+    return used
 
 
 def _model(model: Any, arch: Arch) -> hypervisor.SimulatedXen:
@@ -262,22 +281,19 @@ def main() -> int:
     random.Random(options.seed).shuffle(everything)
     chosen = everything[: options.sample or None]
     contract = Contract()
-    if contract.catches(hypervisor.SimulatedXen):
-        print("mutants: the model itself does not keep the contract", file=sys.stderr)
-        return 1
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     survivors, tried, began = [], 0, time.monotonic()
     for mutant in chosen:
         if time.monotonic() - began > options.seconds:
             break
         tried += 1
-        signal.setitimer(signal.ITIMER_REAL, MUTANT_LIMIT_S)
+        signal.setitimer(signal.ITIMER_PROF, MUTANT_LIMIT_S)
         try:
-            caught = contract.catches(_broken_model(mutant))
+            caught = contract.catches(mutant)
         except _TookTooLong:
             caught = True
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         if not caught:
             survivors.append(mutant.what)
             print(f"survived: {mutant.what}", flush=True)
