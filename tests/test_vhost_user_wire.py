@@ -166,6 +166,43 @@ def test_golden(message: Message, hexes: str) -> None:
     assert feed(Inbox(), bytes.fromhex(hexes)) == [message]
 
 
+def foreign(guest_address: int, size_bytes: int, user_address: int) -> MemoryRegion:
+    return MemoryRegion(
+        guest_address=guest_address, size_bytes=size_bytes, user_address=user_address,
+        xen_flags=XenFlag.FOREIGN, domid=5,
+    )  # fmt: skip
+
+
+def test_what_rust_vmm_sends() -> None:
+    """Recorded from the front-end of Debian 13's librust-vhost-dev 0.13.0, built for Xen."""
+    (table,) = feed(
+        Inbox(),
+        bytes.fromhex(
+            "05000000 09000000 58000000 02000000 00000000"
+            "0000204000000000 0020000000000000 0000003a00000000 0000000000000000 01000000 05000000"
+            "0020204000000000 0010000000000000 0020003a00000000 0000000000000000 01000000 05000000"
+        ),
+    )
+    regions = (foreign(0x40200000, 0x2000, 0x3A000000), foreign(0x40202000, 0x1000, 0x3A002000))
+    assert wire.decode_table(table.payload, xen=True) == regions
+    assert wire.encode_table(regions, xen=True) == table.payload
+    granted = MemoryRegion(
+        guest_address=(1 << 63) | 0x8000, size_bytes=0x1000, user_address=0,
+        xen_flags=XenFlag.GRANT | XenFlag.NO_ADVANCE_MAP_RUST_VMM, domid=5,
+    )  # fmt: skip
+    for request, number in ((Request.ADD_MEM_REG, "25"), (Request.REM_MEM_REG, "26")):
+        (single,) = feed(
+            Inbox(),
+            bytes.fromhex(
+                f"{number}000000 09000000 30000000 0000000000000000 0080000000000080"
+                "0010000000000000 0000000000000000 0000000000000000 0a000000 05000000"
+            ),
+        )
+        assert single.request == request
+        assert wire.decode_single(single.payload, xen=True) == granted
+        assert wire.encode_single(granted, xen=True) == single.payload
+
+
 def test_every_request_has_a_vector() -> None:
     assert {message.request for message, _ in GOLDEN} == set(Request)
 
