@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xshmd.vhost_user import wire
@@ -262,6 +262,7 @@ def test_headers_that_there_cannot_be(header: bytes) -> None:
         Inbox().feed(header)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
 def test_any_cut_gives_the_same_messages(cuts: list[int]) -> None:
     stream = b"".join(bytes.fromhex(hexes) for _, hexes in GOLDEN)
