@@ -13,6 +13,7 @@ from xshmd.model import (
     AddRegion,
     Allowed,
     AttachRegion,
+    DetachRegion,
     EventKind,
     HostPolicy,
     Limit,
@@ -144,14 +145,16 @@ async def test_who_reboots_finds_what_he_had_whatever_the_limits_are_by_now(
         await host.check_clean()
 
 
-async def test_a_policy_that_is_wrong_lets_nobody_in_and_nobody_out(
+async def test_a_policy_that_is_wrong_lets_nobody_in_and_everybody_out(
     autojump_clock: MockClock,
 ) -> None:
     async with world() as host:
         daemon = await host.start()
+        await daemon.engine.apply([region("t")])
         a = await host.tools.create(host.config("a", host.request("r")))
+        b = await host.tools.create(host.config("b", host.borrow("r")))
         host.finder.rules = ConfigError("xshmd.toml:1: nonsense", rule="unknown-key")
-        await refused(host, "b", "s")
+        await refused(host, "c", "s")
         with pytest.raises(ConfigError, match="nonsense"):
             await daemon.engine.apply([region("s")])
         with pytest.raises(ConfigError, match="nonsense"):
@@ -160,8 +163,14 @@ async def test_a_policy_that_is_wrong_lets_nobody_in_and_nobody_out(
             async with daemon.engine.lease("r", Prot.RO, Process(pid=7, uid=0)):
                 pass
         assert daemon.engine.statistics()["refusals_unknown-key"] == 4
+        a = await host.tools.reboot(a)
+        await host.until(lambda: daemon.is_attached("a"))
         assert host.missing(a.domid, a.config) == ""
-        await host.tools.destroy(a)
+        del host.finder.files["b"]  # or it would be missed where it is taken away
+        await daemon.engine.apply([DetachRegion(guest="b", region_id="r")])
+        await daemon.engine.apply([RemoveRegion(region_id="t")])
+        for made in (a, b):
+            await host.tools.destroy(made)
         await host.check_clean()
 
 

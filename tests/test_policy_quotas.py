@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xshmd.errors import OutOfMemory, Refused, XshmError
+from xshmd.errors import ConfigError, OutOfMemory, Refused, XshmError
 from xshmd.model import (
     NO_POLICY,
     Allowed,
@@ -208,7 +208,20 @@ def test_what_is_there_already_is_never_refused(case: Case) -> None:
     assert found(dataclasses.replace(case, before=case.after)) == []
 
 
-def finds_nothing(growth: Growth) -> Iterator[XshmError]:
+NOT_KNOWN = ConfigError("xshmd.toml:1: nonsense")
+
+
+@pytest.mark.parametrize("after", [PAIR, holdings({}, r=0)])
+def test_where_nothing_is_known_nothing_grows(after: Holdings) -> None:
+    assert broken(Growth(before=NOTHING, after=after, policy=NOT_KNOWN)) == (NOT_KNOWN,)
+
+
+def test_where_nothing_is_known_what_stays_and_what_goes_is_no_matter() -> None:
+    for before in (PAIR, CHAIN):
+        assert broken(Growth(before=before, after=PAIR, policy=NOT_KNOWN)) == ()
+
+
+def finds_nothing(growth: Growth, policy: HostPolicy) -> Iterator[XshmError]:
     return iter(())
 
 

@@ -14,6 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
+from xshmd.errors import XshmError
 from xshmd.model import (
     Change,
     Declarations,
@@ -446,11 +447,11 @@ class ConfigFinder(Protocol):
         """Return every region that a readable file in the usual places defines for the system."""
         ...
 
-    def policy(self) -> HostPolicy:
+    def policy(self) -> HostPolicy | XshmError:
         """Return what the administrator lets guests have, as the file says now.
 
-        Raises:
-            ConfigError, ConfigUnreadable: it is wrong; nobody may have anything new.
+        Returns:
+            That, or a ConfigError or ConfigUnreadable: then nobody may have anything new.
         """
         ...
 

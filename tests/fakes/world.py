@@ -109,13 +109,11 @@ class FakeFinder:
     def regions(self) -> tuple[RegionConfig, ...]:
         return tuple(self.defined)
 
-    def policy(self) -> HostPolicy:
-        if isinstance(self.rules, XshmError):
-            raise self.rules
+    def policy(self) -> HostPolicy | XshmError:
         return self.rules
 
     def declarations(self) -> Declarations:
-        for found in self.files.values():
+        for found in (*self.files.values(), self.rules):
             if isinstance(found, XshmError):
                 raise found
         return Declarations(

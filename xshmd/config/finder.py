@@ -108,13 +108,12 @@ class Finder:
         """Return every region that a readable file in the usual places defines for the system."""
         return self._good(self._regions.read()).regions
 
-    def policy(self) -> HostPolicy:
-        """Return what the administrator lets guests have.
-
-        Raises:
-            ConfigError, ConfigUnreadable: the file is wrong.
-        """
-        return self._policy.read()
+    def policy(self) -> HostPolicy | XshmError:
+        """Return what the administrator lets guests have, or what is wrong with the file."""
+        try:
+            return self._policy.read()
+        except XshmError as error:
+            return error
 
     def declarations(self) -> Declarations:
         """Read all files of ours anew, and return what they say, each guest once.

@@ -24,7 +24,7 @@ from xshmd.engine.access import reachable
 from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
-from xshmd.errors import Conflict, Refused
+from xshmd.errors import Conflict, Refused, XshmError
 from xshmd.model import EventKind, Lease, Process, Prot, Region
 from xshmd.policy.quota_rules import check_lease
 from xshmd.policy.refusals import keeps_it_mapped
@@ -94,6 +94,8 @@ class Leases:
         self._check(region, prot, nr_after=nr_after)
         if not replaced:  # what it has is not taken away by a policy that came later
             policy = await trio.to_thread.run_sync(self._finder.policy)
+            if isinstance(policy, XshmError):
+                raise policy
             check_lease(lease, policy, nr_leases=nr_after)
         live = self._live[lease_id] = LiveLease(lease)
         await self._ledger.put_lease(lease)

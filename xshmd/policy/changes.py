@@ -106,7 +106,7 @@ def plan_changes(
     defined: Sequence[RegionConfig] = (),
     domains: Sequence[LiveDomain] = (),
     lifetimes: Mapping[str, Lifetime] | None = None,
-    policy: HostPolicy = NO_POLICY,
+    policy: HostPolicy | XshmError = NO_POLICY,
 ) -> ChangePlan:
     """Return how these changes are made.
 
@@ -118,7 +118,7 @@ def plan_changes(
         defined: The regions that configurations define apart from any guest.
         domains: Every domain that the changes name, by name or number.
         lifetimes: Regions that are to get another lifetime.
-        policy: What the administrator lets guests have.
+        policy: What the administrator lets guests have, or why that is not known.
 
     Raises:
         NoSuchGuest, NoSuchRegion, ConfigError, Refused, Conflict, OutOfMemory: all that is wrong
@@ -154,7 +154,7 @@ class _Planner:
         known: Sequence[GuestConfig],
         defined: Sequence[RegionConfig],
         domains: Sequence[LiveDomain],
-        policy: HostPolicy,
+        policy: HostPolicy | XshmError,
     ) -> None:
         self._policy = policy
         self._host, self._snapshot, self._defined = host, snapshot, tuple(defined)

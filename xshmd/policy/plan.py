@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from xshmd.errors import combined
+from xshmd.errors import XshmError, combined
 from xshmd.model import (
     NO_POLICY,
     USUAL_TERMS,
@@ -96,7 +96,7 @@ def plan_guest(
     known: Sequence[GuestConfig],
     defined: Sequence[RegionConfig] = (),
     gpaddr_bits: int = 0,
-    policy: HostPolicy = NO_POLICY,
+    policy: HostPolicy | XshmError = NO_POLICY,
 ) -> GuestPlan:
     """Return how this guest gets its regions.
 
@@ -107,7 +107,7 @@ def plan_guest(
         known: What other configurations on this host say.
         defined: The regions that configurations define apart from any guest.
         gpaddr_bits: The domain's width of addresses if it exists already, else 0.
-        policy: What the administrator lets guests have.
+        policy: What the administrator lets guests have, or why that is not known.
 
     Raises:
         ConfigError, Refused, Conflict, OutOfMemory: the broken rules, all of them in one error.

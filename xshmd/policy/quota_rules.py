@@ -28,7 +28,8 @@ class Growth:
 
     before: Holdings
     after: Holdings
-    policy: HostPolicy
+    policy: HostPolicy | XshmError
+    """That, or why it is not known."""
     free_bytes: int | None = None
     """Free memory of the host; None where no region is really to be made."""
 
@@ -48,16 +49,22 @@ class Growth:
 
 
 def broken(growth: Growth) -> tuple[XshmError, ...]:
-    """Return every rule that what there would be breaks."""
-    return tuple(error for rule in QUOTA_RULES for error in rule(growth))
+    """Return every rule that what there would be breaks.
+
+    Where it is not known what the administrator allows, nothing may grow.
+    """
+    policy = growth.policy
+    if isinstance(policy, XshmError):
+        return (policy,) if growth.new_regions or any(growth.growing) else ()
+    return tuple(error for rule in QUOTA_RULES for error in rule(growth, policy))
 
 
 # --- limits ---------------------------------------------------------------------------------------
 
 
-def too_many_regions(growth: Growth) -> Findings:
+def too_many_regions(growth: Growth, policy: HostPolicy) -> Findings:
     """Each is a record in xenstore, and work at every look of the daemon's."""
-    limit, count = growth.policy.limits.regions, len(growth.after.regions)
+    limit, count = policy.limits.regions, len(growth.after.regions)
     if limit and count > limit.value and count > len(growth.before.regions):
         yield _over(
             "too-many-regions", growth.after.place_of(growth.new_regions[0]), limit,
@@ -65,9 +72,9 @@ def too_many_regions(growth: Growth) -> Findings:
         )  # fmt: skip
 
 
-def too_much_memory(growth: Growth) -> Findings:
+def too_much_memory(growth: Growth, policy: HostPolicy) -> Findings:
     """What regions have, guests and the control domain have not."""
-    limit = growth.policy.limits.memory
+    limit = policy.limits.memory
     before, after = (sum(one.regions.values()) for one in (growth.before, growth.after))
     if limit and after > limit.value and after > before:
         yield _over(
@@ -77,9 +84,9 @@ def too_much_memory(growth: Growth) -> Findings:
         )  # fmt: skip
 
 
-def too_many_regions_of_guest(growth: Growth) -> Findings:
+def too_many_regions_of_guest(growth: Growth, policy: HostPolicy) -> Findings:
     """No guest's configuration shall take what is meant for all."""
-    limit = growth.policy.limits.regions_per_guest
+    limit = policy.limits.regions_per_guest
     for guest in growth.growing if limit else ():
         count = len(growth.after.guests[guest])
         if limit and count > limit.value:
@@ -91,9 +98,9 @@ def too_many_regions_of_guest(growth: Growth) -> Findings:
             )  # fmt: skip
 
 
-def too_much_memory_of_guest(growth: Growth) -> Findings:
+def too_much_memory_of_guest(growth: Growth, policy: HostPolicy) -> Findings:
     """As :func:`too_many_regions_of_guest`: a borrower too has its page tables made by Xen."""
-    limit = growth.policy.limits.memory_per_guest
+    limit = policy.limits.memory_per_guest
     for guest in growth.growing if limit else ():
         nr_frames = sum(growth.after.guests[guest].values())
         if limit and nr_frames > limit.value:
@@ -105,9 +112,9 @@ def too_much_memory_of_guest(growth: Growth) -> Findings:
             )  # fmt: skip
 
 
-def too_many_members(growth: Growth) -> Findings:
+def too_many_members(growth: Growth, policy: HostPolicy) -> Findings:
     """Whoever is a member must be trusted by all the others."""
-    limit = growth.policy.limits.members
+    limit = policy.limits.members
     for guest in growth.growing if limit else ():
         for region_id in growth.new_of(guest):
             count = sum(region_id in had for had in growth.after.guests.values())
@@ -120,9 +127,9 @@ def too_many_members(growth: Growth) -> Findings:
                 )  # fmt: skip
 
 
-def free_memory_floor(growth: Growth) -> Findings:
+def free_memory_floor(growth: Growth, policy: HostPolicy) -> Findings:
     """What is left has to do for guests to be started and for Xen's own needs."""
-    limit = growth.policy.limits.free_memory
+    limit = policy.limits.free_memory
     nr_new = sum(growth.after.regions[one] for one in growth.new_regions)
     if limit is None or growth.free_bytes is None or not nr_new:
         return
@@ -140,9 +147,9 @@ def free_memory_floor(growth: Growth) -> Findings:
 # --- who may share with whom ----------------------------------------------------------------------
 
 
-def not_allowed(growth: Growth) -> Findings:
+def not_allowed(growth: Growth, policy: HostPolicy) -> Findings:
     """Where sets are said, what is in none of them is not meant to be."""
-    allowed = growth.policy.allowed
+    allowed = policy.allowed
     for guest in growth.growing if allowed else ():
         for region_id in growth.new_of(guest):
             if not any(_has(one, guest, region=region_id) for one in allowed):
@@ -156,9 +163,9 @@ def not_allowed(growth: Growth) -> Findings:
                 )
 
 
-def not_allowed_together(growth: Growth) -> Findings:
+def not_allowed_together(growth: Growth, policy: HostPolicy) -> Findings:
     """Members of a region read and write the same bytes."""
-    allowed = growth.policy.allowed
+    allowed = policy.allowed
     for guest in growth.growing if allowed else ():
         for region_id in growth.new_of(guest):
             for other, had in growth.after.guests.items():
@@ -178,12 +185,12 @@ def not_allowed_together(growth: Growth) -> Findings:
                 )
 
 
-def not_allowed_in_group(growth: Growth) -> Findings:
+def not_allowed_in_group(growth: Growth, policy: HostPolicy) -> Findings:
     """All guests of a share group can reach all of its regions (DESIGN, section 2).
 
     So two that must not share may not be linked through a third either.
     """
-    allowed = growth.policy.allowed
+    allowed = policy.allowed
     if not allowed:
         return
     had = {frozenset(pair) for pair in _pairs(growth.before)}
@@ -203,7 +210,7 @@ def not_allowed_in_group(growth: Growth) -> Findings:
         )
 
 
-QUOTA_RULES: tuple[Callable[[Growth], Findings], ...] = (
+QUOTA_RULES: tuple[Callable[[Growth, HostPolicy], Findings], ...] = (
     too_many_regions,
     too_much_memory,
     too_many_regions_of_guest,
