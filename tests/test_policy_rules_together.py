@@ -261,7 +261,12 @@ READ_ONLY: dict[str, Any] = {"prot": Prot.RO, "prot_enforcement": ProtEnforcemen
 def test_read_only_is_refused() -> None:
     asks = claim(prot=Prot.RO)
     errors = check_region(asks, region=None, others=[])
-    one(errors, Refused, "prot=ro, which Xen cannot enforce", "say transport=grant if its guests can map grants")
+    one(
+        errors,
+        Refused,
+        "prot=ro, which Xen cannot enforce",
+        "say transport=grant if its guests can map grants",
+    )
     errors = check_region(borrower(prot=Prot.RO), region=region(), others=[])
     one(errors, Refused, "prot=ro, which Xen cannot enforce")
 

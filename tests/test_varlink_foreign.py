@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import varlink
+from fakes.hypercalls import SimulatedCalls
+from scatter_words import Toy
 from varlink_fakes import FakeRegions, daemon
 
+from xshmd.daemon.buffer_methods import BufferMethods
+from xshmd.daemon.list_methods import ListMethods
 from xshmd.varlink import idl
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Iterator[Any]:
+    toy = Toy()
+    others = ListMethods(toy.scatter, toy.mediator), BufferMethods(SimulatedCalls())
     with (
-        daemon(tmp_path / "socket", FakeRegions()),
+        daemon(tmp_path / "socket", FakeRegions(), *others),
         varlink.Client.new_with_address(f"unix:{tmp_path / 'socket'}") as client,
     ):
         yield client
@@ -55,16 +61,41 @@ CALLS: dict[str, dict[str, Any]] = {
     "Reload": {"dryRun": False},
     "ReadRegion": {"id": "r0", "offsetBytes": 0, "byteCount": 16},
     "WriteRegion": {"id": "r0", "offsetBytes": 0, "data": "eHNobQ=="},
+    "Trigger": {"id": "r0", "offsetBytes": 4096},
     "Status": {},
     "GetHost": {},
     "Ping": {},
 }
-STREAMS = {"Monitor", "LeaseRegion"}
+PART = [{"offsetBytes": 0, "byteCount": 16}]
+FROM = [{"offsetBytes": 8192, "byteCount": 16}]
+LISTS: list[tuple[str, dict[str, Any]]] = [
+    # A list is filled, and what came of it asked for; another is taken back.
+    ("RegisterList", {"region": "r", "guest": "a", "direction": "input", "ranges": PART}),
+    ("ListLists", {}),
+    ("Transfer", {"region": "r", "peer": "a", "direction": "output", "ranges": FROM}),
+    ("AwaitList", {"list": 1, "timeoutSeconds": 5}),
+    ("RegisterList", {"region": "r", "guest": "b", "direction": "output", "ranges": PART}),
+    ("UnregisterList", {"list": 2}),
+    ("OpenRequestPage", {"region": "r", "guest": "a", "offsetBytes": 4096}),
+    ("CloseRequestPage", {"region": "r", "guest": "a"}),
+]
+MEMORY: list[tuple[str, dict[str, Any]]] = [
+    # None stands for what the call before gave.
+    ("AllocateBuffer", {"pageCount": 1}),
+    ("AllocateMemory", {"buffer": None, "byteCount": 16}),
+    ("WriteMemory", {"reference": None, "offsetBytes": 0, "data": "eHNobQ=="}),
+    ("ReadMemory", {"reference": None, "offsetBytes": 0, "byteCount": 4}),
+    ("CallXen", {"call": "extraversion", "reference": None}),
+    ("FreeMemory", {"reference": None}),
+    ("FreeBuffer", {"buffer": None}),
+]
+STREAMS = {"Monitor", "LeaseRegion", "Watch"}
 CONTRACT = idl.load("io.xshmd.Regions")
 
 
 def test_no_method_is_forgotten_here() -> None:
-    assert CALLS.keys() | STREAMS == CONTRACT.methods.keys()
+    played = {method for method, _ in (*LISTS, *MEMORY)}
+    assert CALLS.keys() | played | STREAMS == CONTRACT.methods.keys()
 
 
 def test_no_method_is_forgotten_by_the_scenarios_of_varlinkctl() -> None:
@@ -78,6 +109,27 @@ def test_it_calls_every_method(foreign: Any, method: str) -> None:
     with foreign.open(CONTRACT.name) as regions:
         reply = getattr(regions, method)(**CALLS[method])
     CONTRACT.check(CONTRACT.methods[method].gives, reply)
+
+
+@pytest.mark.parametrize("session", [LISTS, MEMORY], ids=["lists", "memory"])
+def test_it_calls_what_follows_from_each_other(
+    foreign: Any, session: list[tuple[str, dict[str, Any]]]
+) -> None:
+    given: dict[str, Any] = {}
+    with foreign.open(CONTRACT.name) as regions:
+        for method, parameters in session:
+            asked = {key: given.get(key) if it is None else it for key, it in parameters.items()}
+            reply = getattr(regions, method)(**asked)
+            CONTRACT.check(CONTRACT.methods[method].gives, reply)
+            given |= reply
+    assert given.get("byteCount", 16) == 16
+    assert given.get("data", "eHNobQ==") == "eHNobQ=="
+
+
+def test_it_watches(foreign: Any) -> None:
+    with foreign.open(CONTRACT.name) as regions:
+        reply = next(iter(regions.Watch("r0", 4096, _more=True)))
+    CONTRACT.check(CONTRACT.methods["Watch"].gives, reply)
 
 
 def test_it_monitors(foreign: Any) -> None:

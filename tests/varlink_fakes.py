@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from xshmd.daemon import service
+from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.errors import XshmError
 from xshmd.model import (
     Arch,
@@ -281,8 +282,8 @@ def limits() -> Limits:
 
 
 @contextlib.contextmanager
-def daemon(path: Path, api: RegionsApi) -> Iterator[None]:
-    """Serve ``api`` at ``path`` from a thread of its own until the block ends."""
+def daemon(path: Path, api: RegionsApi, *others: service.MethodTable) -> Iterator[None]:
+    """Serve ``api``, and what others answer, from a thread of its own until the block ends."""
     started = threading.Event()
     inside: list[tuple[trio.lowlevel.TrioToken, trio.CancelScope]] = []
     failed: list[BaseException] = []
@@ -291,7 +292,10 @@ def daemon(path: Path, api: RegionsApi) -> Iterator[None]:
         with trio.CancelScope() as scope:
             inside.append((trio.lowlevel.current_trio_token(), scope))
             async with trio.open_nursery() as nursery:
-                dispatcher = service.dispatcher(api)
+                dispatcher = service.dispatcher(api, *others)
+                for other in others:
+                    if isinstance(other, BufferMethods):
+                        await nursery.start(other.run)
                 listener = open_listener(path, environ={})
                 await nursery.start(
                     lambda task_status: serve(

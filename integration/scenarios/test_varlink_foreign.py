@@ -178,6 +178,64 @@ def test_lease(host: Host, varlink: Varlinkctl, guest: tuple[Guest, str]) -> Non
     host.wait(lambda: not host.region(region)["leases"], "the lease is gone")
 
 
+def test_lists(host: Host, varlink: Varlinkctl, guest: tuple[Guest, str]) -> None:
+    """Bytes of dom0's go into a list of the guest's, and are where the list said."""
+    made, region = guest
+    word = (1 << 63) + 5
+    text = base64.b64encode(word.to_bytes(8, "little")).decode()
+    varlink.call("WriteRegion", id=region, offsetBytes=2 * PAGE, data=text)
+    asked = {"region": region, "guest": made.name, "direction": "input"}
+    first = varlink.call("RegisterList", **asked, ranges=[_bytes(3 * PAGE)])["list"]
+    (posted,) = varlink.call("ListLists")["lists"]
+    assert (posted["list"], posted["guest"], posted["byteCount"]) == (first, made.name, 8)
+    moved = varlink.call(
+        "Transfer", region=region, peer=made.name, direction="output", ranges=[_bytes(2 * PAGE)]
+    )
+    assert moved == varlink.call("AwaitList", list=first, timeoutSeconds=0) == {"byteCount": 8}
+    assert host.peek(region, 3, 0) == word
+    second = varlink.call("RegisterList", **asked, ranges=[_bytes(4 * PAGE)])["list"]
+    assert varlink.call("UnregisterList", list=second) == {}
+    assert f"{INTERFACE}.NoSuchList" in varlink.fails("AwaitList", list=second)
+    varlink.call("OpenRequestPage", region=region, guest=made.name, offsetBytes=5 * PAGE)
+    varlink.call("CloseRequestPage", region=region, guest=made.name)
+
+
+def _bytes(offset: int) -> dict[str, int]:
+    return {"offsetBytes": offset, "byteCount": 8}
+
+
+def test_memory_ends_with_its_client(varlink: Varlinkctl) -> None:
+    """Each varlinkctl is a process of its own, so what one was given the next does not have."""
+    buffer = varlink.call("AllocateBuffer", pageCount=1)["buffer"]
+    reference = buffer << 32
+    place = {"reference": reference, "offsetBytes": 0}
+    for said in (
+        varlink.fails("AllocateMemory", buffer=buffer, byteCount=16),
+        varlink.fails("WriteMemory", **place, data="eHNobQ=="),
+        varlink.fails("ReadMemory", **place, byteCount=4),
+        varlink.fails("FreeMemory", reference=reference),
+        varlink.fails("FreeBuffer", buffer=buffer),
+    ):
+        assert f"{INTERFACE}.NoSuchBuffer" in said
+    assert varlink.call("CallXen", call="version")["result"] >> 16 == 4
+
+
+def test_watch_and_trigger(host: Host, varlink: Varlinkctl) -> None:
+    """One varlinkctl watches a byte of a region, another wakes it."""
+    region = host.unique("wire")
+    guest = host.guest("rung", Entry(region, host.at, MIB, more="doorbells=2"), do="stay")
+    host.create(guest)
+    place = {"id": region, "offsetBytes": 2 * PAGE}
+    heard = bytearray()
+    words = varlink.words("Watch", place, "--more")
+    watching = host.dom0.spawn(words, on_output=lambda _, data: heard.extend(data), timeout_s=120)
+    host.wait(lambda: heard, "it is told that it watches")
+    assert varlink.call("Trigger", **place)["woken"] == 1
+    host.wait(lambda: heard.count(b"triggered") >= 2, "it is woken")
+    watching.kill(9)
+    host.destroy(guest)
+
+
 def test_monitor(host: Host, varlink: Varlinkctl) -> None:
     """`varlinkctl call --more Monitor` prints the state, and each peer that joins or leaves."""
     lines: list[dict[str, Any]] = []
