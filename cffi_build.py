@@ -802,6 +802,7 @@ EVTCHN.cdef(
 EVTCHN.set_source(
     "xshmd.xen._evtchn",
     r"""
+    #define __XEN_TOOLS__ 1   /* today's numbers of hypercalls, not those of Xen 3.2 */
     #include <alloca.h>   /* cffi's own code */
     #include <errno.h>
     #include <fcntl.h>
