@@ -315,7 +315,7 @@ class Changes:
         new = tuple(one for one in part.attach if one not in guest.requests)
         guest = dataclasses.replace(guest, requests=(*guest.requests, *new))
         if self._lives(guest):
-            guest = self._doorbells.provide_running(guest)
+            guest = self._doorbells.ports.provide_running(guest)
         also = records.published(guest, self._ledger.snapshot()) if self._lives(guest) else ()
         await self._ledger.put_guest(guest, also=also)
 

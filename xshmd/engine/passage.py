@@ -286,7 +286,7 @@ class Passage:
             guest = dataclasses.replace(guest, state=GuestState.MAPPING)
             if guest.reserve:
                 guest = await self._worker.run(reserve_in_memory_map, self._xen, guest)
-            guest = self._doorbells.plan(guest)
+            guest = self._doorbells.ports.plan(guest)
         # Again too: the record may have been written, and not what follows it.
         guest = await self._ledger.put_guest(
             guest, also=records.published(guest, self._ledger.snapshot())
@@ -303,7 +303,7 @@ class Passage:
                 join=Join(guest=guest, wanted=sealed, again=again),
             )
         await self._grants.give(guest, guest.requests)
-        provided = self._doorbells.provide(guest)
+        provided = self._doorbells.ports.provide(guest)
         if provided != guest:
             guest = await self._ledger.put_guest(
                 provided, also=records.published(provided, self._ledger.snapshot())
