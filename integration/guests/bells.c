@@ -47,13 +47,9 @@ static uint64_t wakes;
 
 static void wait_for_a_ring(struct xshm *xs)
 {
-    uint32_t rung;
-
-    while (!(rung = xshm_take(xs)))
+    while (!xshm_take(xs))
         xshm_wait(xs);
     wakes++;
-    if (rung >> xs->id & 1)
-        xshm_connect(xs);
 }
 
 void do_await_peer(const struct region *r)

@@ -181,7 +181,8 @@ int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, boo
         else
             mask(xs, xs->direct[k]);
     }
-    xs->connected = 0;
+    xs->connected = xs->refused = 0;
+    xs->connects = false;
     return 0;
 }
 
@@ -214,10 +215,11 @@ static void connect(struct xshm *xs, uint32_t peer)
         .remote = (uint16_t)load(&row->domid), .remote_port = load(&xs->control->offer[peer][xs->id]),
     };
 
-    if (!is_port(bind.remote_port) || load(&row->hears) == 0 ||
-        hypercall(HYPERCALL_event_channel_op, EVTCHNOP_bind_interdomain, &bind))
+    if (!is_port(bind.remote_port) || load(&row->hears) == 0)
         return;
-    if (is_port(bind.port)) {
+    if (hypercall(HYPERCALL_event_channel_op, EVTCHNOP_bind_interdomain, &bind)) {
+        xs->refused |= 1u << peer;      /* once is enough to learn Xen's policy */
+    } else if (is_port(bind.port)) {
         xs->direct[peer] = bind.port;
         xs->connected |= 1u << peer;
         mask(xs, bind.port);
@@ -230,17 +232,20 @@ void xshm_connect(struct xshm *xs)
 {
     uint32_t peer;
 
+    xs->connects = true;
     for (peer = 0; peer < xs->nr_peers; peer++) {
         uint32_t lives = load(&xs->control->row[peer].lives);
-        bool here = xshm_state_of(xs, peer) == XSHM_JOINED;
+        bool here = xshm_state_of(xs, peer) == XSHM_JOINED, again = lives != xs->lives[peer];
 
-        if (xs->direct[peer] && (!here || lives != xs->lives[peer])) {
-            close_port(xs->direct[peer]);
+        if (!here || again) {
+            if (xs->direct[peer])
+                close_port(xs->direct[peer]);
             xs->direct[peer] = 0;
             xs->connected &= ~(1u << peer);
+            xs->refused &= ~(1u << peer);
         }
         xs->lives[peer] = lives;
-        if (here && peer != xs->id && !xs->direct[peer])
+        if (here && peer != xs->id && !xs->direct[peer] && !(xs->refused >> peer & 1))
             connect(xs, peer);
     }
 }
@@ -273,6 +278,8 @@ uint32_t xshm_take(struct xshm *xs)
             xs->connected |= 1u << k;   /* who rings here hears here */
         }
     }
+    if (xs->connects && (rung & ~xs->connected))
+        xshm_connect(xs);               /* the table may have changed: the own bit is never in it */
     return rung;
 }
 

@@ -71,7 +71,8 @@ struct xshm {
     uint32_t port[16];                  /* as they were at xshm_open: what is there now may lie */
     uint32_t direct[16];                /* channels without dom0 between; 0: none */
     uint32_t lives[16];                 /* of the peer that a direct channel leads to */
-    uint32_t connected;                 /* which of them lead there, a bit each */
+    uint32_t connected, refused;        /* which of them lead there, and which may not be: bits */
+    bool connects;
 };
 
 /*
@@ -90,10 +91,7 @@ void xshm_ready(struct xshm *xs);
 enum xshm_state xshm_state_of(const struct xshm *xs, uint32_t peer);
 bool xshm_is_ready(const struct xshm *xs, uint32_t peer);
 
-/*
- * Binds what peers offer, so that rings go to them directly; where Xen forbids that they go by dom0
- * as before. To be called again whenever the own bit was taken: peers come, and come again.
- */
+/* From now on binds what peers offer: rings go to them directly, where Xen allows it. */
 void xshm_connect(struct xshm *xs);
 
 /* ---- doorbells ---- */
@@ -101,10 +99,8 @@ void xshm_connect(struct xshm *xs);
 /* Rings a peer; its own number, or XSHM_DOM0, is dom0. What was written before, it sees. */
 void xshm_ring(struct xshm *xs, uint32_t peer);
 
-/*
- * Who has rung since the last time, as a bit for each peer; the own bit: dom0, who says that the
- * table has changed or a watch is due. Look at everything after taking, never before.
- */
+/* Who has rung since the last time, as a bit for each peer; the own bit: dom0, who says that the
+ * table has changed or a watch is due. Look at everything after taking, never before. */
 uint32_t xshm_take(struct xshm *xs);
 
 /* Sleeps until somebody rings, or has rung and was not taken; or less. */
@@ -112,10 +108,8 @@ void xshm_wait(struct xshm *xs);
 
 /* ---- watch and trigger ---- */
 
-/*
- * Wakes this peer when somebody triggers the byte at offset `address`; with a counter (the offset
- * of an aligned word, not 0) when a trigger has decremented that to 0. False: out of the region.
- */
+/* Wakes this peer when somebody triggers the byte at offset `address`; with a counter (the offset
+ * of an aligned word, not 0) when a trigger has decremented that to 0. False: out of the region. */
 bool xshm_watch(struct xshm *xs, uint32_t slot, uint64_t address, uint64_t counter);
 void xshm_unwatch(struct xshm *xs, uint32_t slot);
 
@@ -125,9 +119,8 @@ uint32_t xshm_trigger(struct xshm *xs, uint64_t address);
 /* ---- a ring of messages from one peer to another ---- */
 
 /*
- * It lies in the region at a place both know, 64-byte aligned: this header, then `size` bytes, a
- * power of two. Messages are 1 to size/2 bytes and come out whole, in order. The writer and the
- * reader each own one index and believe nothing of the other's that cannot be.
+ * It lies at a place both know, 64-byte aligned: this header, then `size` bytes, a power of two.
+ * Messages are 1 to size/2 bytes and come out whole, in order. Each side owns one index.
  */
 struct xshm_ring_header {
     uint32_t written; uint32_t spare[15];
