@@ -309,21 +309,27 @@ class XenHypervisor(GrantCalls):
         freed = 0
         for start in range(first_gfn, first_gfn + nr_frames, POPULATE_EXTENTS):
             count = min(POPULATE_EXTENTS, first_gfn + nr_frames - start)
-            # The hypercall stops at a frame that is not there, so it is given only those that are.
-            there = self.populated_frames(domid, [Gfn(start + i) for i in range(count)])
-            if not there:
-                continue
-            array = self._xffi.new("xen_pfn_t[]", list(there))
-            rc = self._xlib.xc_domain_decrease_reservation(
-                self._xc, self._guest_domid(domid), len(there), 0, array
-            )
-            self._check(rc, "xc_domain_decrease_reservation", domid)
-            freed += rc
-            if rc < len(there):
-                raise failure(
-                    "xc_domain_decrease_reservation", domid, errno.EBUSY, first_gfn=there[rc]
-                )
+            frames = [Gfn(start + i) for i in range(count)]
+            done = self._decrease(domid, frames)
+            freed += done
+            # It stops at a frame that is not there (xen/common/memory.c, decrease_reservation()),
+            # so of the rest it is given only those that are.
+            if done < count and (there := self.populated_frames(domid, frames[done:])):
+                rest = self._decrease(domid, there)
+                freed += rest
+                if rest < len(there):
+                    raise failure(
+                        "xc_domain_decrease_reservation", domid, errno.EBUSY, first_gfn=there[rest]
+                    )
         return freed
+
+    def _decrease(self, domid: DomId, frames: Sequence[Gfn]) -> int:
+        """Free the domain's pages at these frames up to one that cannot be; return how many."""
+        call, array = "xc_domain_decrease_reservation", self._xffi.new("xen_pfn_t[]", list(frames))
+        rc = self._xlib.xc_domain_decrease_reservation(
+            self._xc, self._guest_domid(domid), len(frames), 0, array
+        )
+        return self._check(rc, call, domid)
 
     def zero(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
         for start in range(first_gfn, first_gfn + nr_frames, WINDOW_FRAMES):
