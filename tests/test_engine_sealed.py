@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from crash import SWEEP_STEP, Lives, Scenario, sweep, sweep_twice
@@ -117,6 +117,30 @@ async def test_late_joiners_share_what_is_there(arch: Arch, autojump_clock: Mock
         await host.tools.end(a)
         await host.tools.end(b)
     assert host.keeper.kept() == {}
+
+
+async def test_what_dom0_copied_is_seen_by_guests_without_caches(
+    autojump_clock: MockClock,
+) -> None:
+    async with a_host() as (host, _):
+        r = own(host, "r", 5000)
+        a = await make(host, "a", r)
+        since = len(host.xen.log)
+        b = await make(host, "b", host.borrow("r", 5000))
+        calls = host.xen.log[since:]
+        holder = host.holders()[0]
+        flushed: set[int] = set()
+        for call in calls:
+            if call.kind == "flush":
+                domid, first, count = cast(tuple[int, int, int], call.arguments)
+                assert domid == holder
+                flushed |= set(range(first, first + count))
+            if call.kind == "map_foreign":
+                *_, first, count = cast(tuple[int, ...], call.arguments)
+                assert set(range(first, first + count)) <= flushed
+        assert len(flushed) == 5000
+        await host.tools.end(a)
+        await host.tools.end(b)
 
 
 async def test_a_fresh_region_is_zero_and_its_pages_are_no_others(
@@ -420,6 +444,31 @@ async def test_who_takes_the_anchor_of_a_sealed_group_takes_nothing_else(
         assert read(host, b, host.borrow("r")) == b"before"
         await host.tools.end(a)
         await host.tools.end(b)
+        await host.check_clean()
+        await daemon.kill()
+
+
+async def test_nobody_who_may_map_runs_for_want_of_being_ours(autojump_clock: MockClock) -> None:
+    """A guest that was refused after it had its target, kept to be looked at, and let run."""
+    async with world() as host:
+        daemon = await host.start(destroy_on_failure=False)
+        a = await make(host, "a", own(host, "r"))
+        host.xen.fail("map_foreign", 12)
+        b = await host.tools.create(host.config("b", host.borrow("r", 3)))
+        await host.until(lambda: daemon.guest("b") is not None)
+        await host.until(lambda: getattr(daemon.guest("b"), "failure", "") != "")
+        host.config("b")
+        assert host.xen.by_domid[b.domid].target is not None
+        while host.xen.by_domid[b.domid].pauses:
+            host.xen.unpause(b.domid)
+        before = host.pages(a.domid, own(host, "r"))
+        late = await host.tools.create(host.config("late", host.borrow("r", 3)))
+        await host.until(lambda: "late" in daemon.engine._passage.failures)
+        assert "guest b runs" in daemon.engine._passage.failures["late"].message
+        assert host.pages(a.domid, own(host, "r")) == before
+        host.config("late")
+        for made in (b, late, a):
+            await host.tools.end(made)
         await host.check_clean()
         await daemon.kill()
 
