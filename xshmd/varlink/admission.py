@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import structlog
@@ -65,20 +65,24 @@ class Seat:
         self.vacate = vacate
         self.silent_since: float | None = trio.current_time()
         """When its last call was answered, or it came; None while a call is being answered."""
+        self.is_large = False
+        """Whether it has the room for a large call."""
         self._process, self._large = process, large
 
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Keep the seat, whoever comes, until a call is answered."""
+    def begin(self) -> None:
+        """Keep the seat, whoever comes, as a call is being answered."""
         self.silent_since = None
-        try:
-            yield
-        finally:
-            self.silent_since = trio.current_time()
 
-    @contextlib.asynccontextmanager
-    async def turn(self, weight: int) -> AsyncIterator[None]:
-        """Read a message in the body, which does not wait, when it is this connection's turn.
+    def end(self) -> None:
+        """Be silent again, and give back the room that a large call took."""
+        self.silent_since = trio.current_time()
+        if self.is_large:
+            self.is_large = False
+            self._large.release()
+            self._process.large.release()
+
+    async def turn(self, weight: int) -> None:
+        """Wait until it is this connection's turn to have a message read, which then is at once.
 
         However many connections a process has, one of them has its turn in each round of the loop.
 
@@ -86,20 +90,20 @@ class Seat:
             weight: Of the message; after a heavy one the process has to pause.
         """
         process = self._process
-        if process.nr_seats == 1 and process.pauses_until <= trio.current_time():
-            process.pauses_until = _pause(weight)
-            yield
-            return
-        async with process.turn:  # handed on in order, once in a round
-            await trio.sleep_until(process.pauses_until)
-            process.pauses_until = _pause(weight)
-            yield
+        if process.nr_seats > 1 or process.pauses_until > trio.current_time():
+            async with process.turn:  # handed on in order, once in a round
+                await trio.sleep_until(process.pauses_until)
+        process.pauses_until = _pause(weight)
 
-    @contextlib.asynccontextmanager
-    async def large(self) -> AsyncIterator[None]:
-        """Receive and answer a large call in the body, when there is room for one."""
-        async with self._process.large, self._large:
-            yield
+    async def make_room(self) -> None:
+        """Wait until there is room to receive and answer a large call; it has it till the end."""
+        await self._process.large.acquire()
+        try:
+            await self._large.acquire()
+        except BaseException:
+            self._process.large.release()
+            raise
+        self.is_large = True
 
 
 def _pause(weight: int) -> float:

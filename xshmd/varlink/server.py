@@ -109,29 +109,26 @@ class _Connection:
 
     async def _serve_one(self) -> bool:
         """Take a message and answer it; False if that was the last."""
-        async with contextlib.AsyncExitStack() as room:
-            message = await self._next_message(room)
+        try:
+            message = await self._next_message()
             if message is None:
                 return False
             if not self._allowed:
                 self._complaints.warn("client refused", uid=self._uid)
                 await self._send(permission_denied())
                 return False
-            async with self._seat.turn(wire.weight(message)):
-                call = self._dispatcher.parse(message)
+            await self._seat.turn(wire.weight(message))
+            call = self._dispatcher.parse(message)
             del message  # a large one takes its memory once
-            with self._seat.busy():
-                await self._answer(call)
+            self._seat.begin()
+            await self._answer(call)
+        finally:
+            self._seat.end()
         return True
 
-    async def _next_message(self, room: contextlib.AsyncExitStack) -> bytes | None:
-        """Return the next message, or None when the client has ended or been silent too long.
-
-        Args:
-            room: What a large one takes is held by this.
-        """
+    async def _next_message(self) -> bytes | None:
+        """Return the next message, or None when the client has ended or been silent too long."""
         deadline: float | None = None
-        is_large = False
         while (message := self._decoder.next_message()) is None:
             if not self._decoder.pending:
                 expiry = trio.current_time() + self._limits.idle_timeout_s
@@ -139,9 +136,8 @@ class _Connection:
                 expiry = deadline = trio.current_time() + self._limits.request_timeout_s
             else:
                 expiry = deadline
-            if not is_large and self._decoder.buffered_bytes > wire.MAX_CALL_BYTES:
-                await room.enter_async_context(self._seat.large())
-                is_large = True
+            if self._decoder.buffered_bytes > wire.MAX_CALL_BYTES and not self._seat.is_large:
+                await self._seat.make_room()
                 # Waiting for its turn was not the client's delay.
                 expiry = deadline = trio.current_time() + self._limits.request_timeout_s
             data = b""
