@@ -509,3 +509,31 @@ async def test_all_holders_of_a_region_go_with_it(autojump_clock: MockClock) -> 
         assert there.holders() == []
         await there.tools.end(a)
         await there.check_clean()
+
+
+async def test_a_guest_of_grants_may_be_given_what_is_mapped_for_it(
+    autojump_clock: MockClock,
+) -> None:
+    """It gets a target then, and has it for life."""
+    async with world() as there:
+        daemon = await there.start()
+        p = there.request("p", 3, at=64)
+        c = await there.tools.create(there.config("c", owned(there)))
+        a = await there.tools.create(there.config("a", p))
+        await daemon.engine.apply([AttachRegion(guest="c", request=there.borrow("p", 3, at=64))])
+        assert there.pages(c.domid, p) == there.pages(a.domid, p)
+        record = daemon.guest("c")
+        assert record is not None
+        assert record.holder_uuid == there.xen.by_domid[a.domid].target.uuid  # type: ignore[union-attr]
+        n = RegionConfig(region_id="n", nr_frames=2)
+        d = await there.tools.create(there.config("d", owned(there, "h")))
+        await daemon.engine.apply(
+            [AddRegion(config=n), AttachRegion(guest="d", request=there.borrow("n", 2, at=96))]
+        )
+        await daemon.engine.apply([DetachRegion(guest="c", region_id="p")])
+        assert there.xen.foreign_frames(c.domid) == {}
+        assert mapped(there, c)
+        await daemon.engine.apply([RemoveRegion(region_id="n", force=True)])
+        for made in (a, c, d):
+            await there.tools.end(made)
+        await there.check_clean()

@@ -109,6 +109,11 @@ class Changes:
             for guest, change in guests.items():
                 if change.is_late:
                     await self._join(guest, homes[change.home])
+                elif homes[change.home] != guest.holder_uuid:
+                    # All it had until now it maps itself.
+                    await self._ledger.put_guest(
+                        dataclasses.replace(guest, holder_uuid=homes[change.home])
+                    )
             for part in intent.parts:
                 if part.attach:
                     await self._attach(intent, part)
