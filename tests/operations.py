@@ -11,6 +11,7 @@ from typing import Final
 from crash import Lives
 from fakes.toolstack import Made
 from fakes.world import World
+from granted import entries_of, lent, mapped, owned
 
 from xshmd.model import AddRegion, AttachRegion, DetachRegion, RegionConfig, RemoveRegion
 
@@ -19,11 +20,20 @@ EXTRA: Final = "n"
 """The region that is given to guests that run."""
 
 
+GRANTED: Final = "g"
+"""The region that guests map themselves."""
+
+
 def configure(host: World) -> None:
-    """Have the guests' files: a and b share a region, each has one of its own, c has none."""
+    """Have the guests' files: a and b share a region, each has one of its own; b and c map one."""
     host.config("a", host.request("r", 3), host.request("s", 5, at=16))
-    host.config("b", host.borrow("r", 2, at=64, offset=1), host.request("q", 2, at=32))
-    host.config("c")
+    host.config(
+        "b",
+        host.borrow("r", 2, at=64, offset=1),
+        host.request("q", 2, at=32),
+        lent(host, GRANTED, 4),
+    )
+    host.config("c", owned(host, GRANTED, 4))
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,7 +128,17 @@ class Play:
             requests = list(made.config.requests)
             if self.extra and name in self.extra:
                 requests.append(self.host.borrow(EXTRA, 2, at=128))
-            wanted = {gfn for one in requests for gfn in range(one.first_gfn, one.end_gfn)}
+            assert self.host.missing(made.domid, made.config) == ""
+            granted = [one for one in requests if one.region_id == GRANTED]
+            assert bool(granted) == bool(entries_of(self.host, made)), f"{name}'s references"
+            for mapping in mapped(self.host, made, GRANTED):
+                mapping.close()
+            wanted = {
+                gfn
+                for one in requests
+                if one not in granted
+                for gfn in range(one.first_gfn, one.end_gfn)
+            }
             found = set(self.host.xen.foreign_frames(made.domid))
             assert found == wanted, f"{name} has {sorted(found ^ wanted)} wrong"
             assert self.host.running(made), f"{name} does not run"
