@@ -54,15 +54,21 @@ class Mapped:
 
     def __init__(self, domid: DomId) -> None:
         self._ffi, self._lib = _ffi.stable()
-        foreign = self._lib.xshm_foreign_open()
+        self._foreign = self._lib.xshm_foreign_open()
         bad, error = self._ffi.new("size_t *"), self._ffi.new("int *")
         half = FRAMES // 2
         self.source, self.target = (
-            self._lib.xshm_foreign_map(foreign, domid, True, first, half, bad, error)
+            self._lib.xshm_foreign_map(self._foreign, domid, True, first, half, bad, error)
             for first in (HOLDER_GFN, HOLDER_GFN + half)
         )
         assert bad[0] == 0
         assert error[0] == 0
+
+    def close(self) -> None:
+        """Unmap them, or the holder could not go."""
+        for start in (self.source, self.target):
+            self._lib.xenforeignmemory_unmap(self._foreign, start, FRAMES // 2)
+        self._lib.xenforeignmemory_close(self._foreign)
 
     def memcpy(self, nr_bytes: int) -> None:
         """As many bytes in one piece."""
@@ -107,6 +113,7 @@ def measure(pairs: int) -> dict[str, Any]:
                         if turn:
                             columns.setdefault(f"{name} {kind}", []).append(took)
                 print(f"scatter {turn}/{pairs}", file=sys.stderr, flush=True)
+            mapped.close()
         finally:
             xen.destroy(domid)
     return {"series": columns, "segments": SEGMENTS}
