@@ -87,7 +87,6 @@ MOMENTS: dict[str, Callable[[XenStore], bool]] = {
     ),
     "window-preparing": lambda store: is_window_in(store, "preparing"),
     "window-swapping": lambda store: is_window_in(store, "swapping"),
-    "window-sealing": lambda store: is_window_in(store, "sealing"),
     "published": lambda store: any(
         store.children(f"/local/domain/{guest['domid']}/xshm")
         for guest in store.documents("/xshmd/guests")
