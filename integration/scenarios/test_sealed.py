@@ -148,9 +148,9 @@ def test_killed_in_a_window(host: Host, moment: str) -> None:
     """kill -9 in a window: the next daemon undoes it, or finishes it if members may have been given
     their new pages; all go on."""
     region = host.unique("sealed")
-    first = host.guest("first", Entry(region, host.at, 32 * MIB, more=SEALED), do="fill,beat")
+    first = host.guest("first", Entry(region, host.at, 24 * MIB, more=SEALED), do="fill,beat")
     second = host.guest(
-        "second", Entry(region, host.at, 32 * MIB, role="borrower"),
+        "second", Entry(region, host.at, 24 * MIB, role="borrower"),
         do="await-fill,check,watch", slot=1,
     )  # fmt: skip
     host.create(first)
@@ -164,7 +164,7 @@ def test_killed_in_a_window(host: Host, moment: str) -> None:
     host.await_killed()
     host.start_daemon()
     creating.wait(300)
-    host.wait_said(second, "checked pages=8192 bad=0 seed=7")
+    host.wait_said(second, "checked pages=6144 bad=0 seed=7")
     host.wait_beats(second, 0)
     assert is_empty(host, region)
     host.destroy(first, second)
