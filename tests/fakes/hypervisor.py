@@ -255,7 +255,6 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
                 self._put(old.page)
             domain.p2m[gfn + offset] = Entry(page, foreign=False)
         if order:
-            domain.superpages.add(gfn >> SUPERPAGE_ORDER)
             domain.tables.discard((SUPERPAGE_ORDER, gfn >> SUPERPAGE_ORDER))
         return True
 
@@ -469,36 +468,35 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
             mfns = range(first_mfn, first_mfn + nr_frames)
             domain = self._permit(guest, mfns, allow=True)
             for index, mfn in enumerate(mfns):
-                code = self._add_direct(domain, first_gfn + index, mfn, nr_frames - index)
-                if code:
+                if not self._add_direct(domain, first_gfn + index, mfn, nr_frames - index):
                     for undone in range(index):
                         domain.direct.pop(first_gfn + undone, None)
                     self._permit(guest, mfns, allow=False)
                     # tools/libs/ctrl/xc_domain.c: what is left is the errno of the undoing, which
                     # on x86 comes to a frame that is not there.
-                    left = errno.EINVAL if self.arch is Arch.X86_64 else code
+                    left = errno.EINVAL if self.arch is Arch.X86_64 else errno.ENOENT
                     raise failure("xc_domain_memory_mapping", guest, left)
 
-    def _add_direct(self, domain: Domain, gfn: int, mfn: int, nr_left: int) -> int:
+    def _add_direct(self, domain: Domain, gfn: int, mfn: int, nr_left: int) -> bool:
         """arch/x86/mm/p2m.c set_typed_p2m_entry(), arch/arm/mmu/p2m.c __p2m_set_entry()"""
         x86, old = self.arch is Arch.X86_64, domain.p2m.get(gfn)
         if x86 and ((old and old.foreign) or domain.direct.get(gfn, mfn) != mfn):
             self._crash(domain)
-            return errno.EPERM
+            return False
         block = gfn >> SUPERPAGE_ORDER
         # common/domctl.c: Arm is given 64 frames a call at the most, and so never a superpage.
         if x86 and (gfn | mfn) % SUPERPAGE_FRAMES == 0 and nr_left >= SUPERPAGE_FRAMES:
             if not self._tables(domain, gfn, leaf=False):
-                return errno.ENOMEM
+                return False
             domain.superpages.add(block)
         elif block not in domain.superpages and not self._tables(domain, gfn, leaf=True):
-            return errno.ENOMEM if x86 else errno.ENOENT
+            return False
         if old is not None:
             del domain.p2m[gfn]
             if old.foreign:
                 self._put(old.page)
         domain.direct[gfn] = mfn
-        return 0
+        return True
 
     def unmap_host_range(
         self, guest: DomId, first_gfn: Gfn, first_mfn: Mfn, nr_frames: int

@@ -96,7 +96,7 @@ class Domain:
     """tot_pages is their number: a page counts until its last reference is gone."""
     p2m: dict[int, Entry] = dataclasses.field(default_factory=dict)
     superpages: set[int] = dataclasses.field(default_factory=set)
-    """2 MiB frames that are one entry yet, and have no leaf table."""
+    """Those of 2 MiB of the machine's own frames, which have no leaf table."""
     tables: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     pool_pages: int = 0
     """The paging pool's size, tables in use included."""
