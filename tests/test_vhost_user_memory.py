@@ -126,7 +126,9 @@ def test_plain_memory_is_the_files() -> None:
     os.pwrite(fd, b"from the front-end", 3 * PAGE + 5)
     memory = Memory()
     region = dataclasses.replace(PLAIN, mmap_offset=PAGE)
+    before = open_fds()
     memory.replace([region], [os.dup(fd)], xen=False)
+    assert open_fds() == before, "what is mapped needs its descriptor no more"
     assert bytes(memory.view(AT + 2 * PAGE + 5, 18)) == b"from the front-end"
     assert bytes(memory.view_user(PLAIN.user_address + 2 * PAGE + 5, 4)) == b"from"
     with memory.access(AT, 4) as view:

@@ -416,6 +416,33 @@ def test_memory_that_goes_takes_the_queue_along(session: Session, driver: Driver
     assert session.vrings[0].broken
 
 
+class Fed(Reverser):
+    """A device whose driver offers a request for each that it answers."""
+
+    driver: Driver
+
+    def handle(self, memory: Memory, queue: int, chain: Chain) -> int:
+        self.driver.offer(0)
+        return super().handle(memory, queue, chain)
+
+
+def test_a_driver_that_goes_on_and_on_is_not_answered_in_one_go(
+    shared: tuple[int, memoryview],
+) -> None:
+    device = Fed()
+    session = Session(device, Memory())
+    fd, view = shared
+    tell(session, Request.SET_MEM_TABLE, wire.encode_table([REGION], xen=False), os.dup(fd))
+    driver = device.driver = Driver(view, AT, USER)
+    start(session, driver)
+    driver.place(b"abc", 3)
+    for _ in range(3):
+        assert session.process(0) == driver.size
+        assert session.vrings[0].more
+    driver.close()
+    session.close()
+
+
 def test_a_full_event_does_not_hold_the_device_up(session: Session, driver: Driver) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)

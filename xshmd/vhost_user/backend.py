@@ -17,7 +17,8 @@ from typing import Final
 
 from xshmd.vhost_user.channel import Channel, Disconnected
 from xshmd.vhost_user.memory import CannotMap, Memory
-from xshmd.vhost_user.session import Device, Session
+from xshmd.vhost_user.session import Session
+from xshmd.vhost_user.vring import Device
 from xshmd.vhost_user.wire import ProtocolViolation
 
 MESSAGE_S: Final = 10.0

@@ -32,7 +32,7 @@ _HEADER: Final = struct.Struct("<IIQ")
 
 
 class BlockDevice:
-    """A :class:`~xshmd.vhost_user.session.Device` with one queue.
+    """A :class:`~xshmd.vhost_user.vring.Device` with one queue.
 
     Args:
         fd: The file, which stays the caller's.

@@ -7,24 +7,20 @@ descriptors) is this session's and ends with it.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
-import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
 from xshmd.vhost_user import wire
-from xshmd.vhost_user.memory import CannotMap, Memory, OutsideMemory
-from xshmd.vhost_user.virtqueue import BrokenQueue, Chain, Virtqueue
+from xshmd.vhost_user.memory import CannotMap, Memory
+from xshmd.vhost_user.vring import Device, Vring, check_event
 from xshmd.vhost_user.wire import (
     Config,
     Message,
     ProtocolFeature,
     ProtocolViolation,
     Request,
-    VringAddress,
 )
 
 MAX_MEM_SLOTS: Final = 64
@@ -35,72 +31,6 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIG | ProtocolFeature.RESET_DEVICE | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS | ProtocolFeature.XEN_MMAP
 )  # fmt: skip
-_ONE: Final = (1).to_bytes(8, sys.byteorder)
-
-
-class Device(Protocol):
-    """What a back-end is for; one for each connection, or one for all."""
-
-    @property
-    def features(self) -> int:
-        """Bits of virtio's features beyond those of the transport."""
-        ...
-
-    @property
-    def queue_count(self) -> int:
-        """How many queues it has: 1 to 256."""
-        ...
-
-    def config(self) -> bytes:
-        """Return its configuration space, as far as it says anything."""
-        ...
-
-    def handle(self, memory: Memory, queue: int, chain: Chain) -> int:
-        """Do what a request of the driver asks for; return how many bytes were written.
-
-        Raises:
-            OutsideMemory, CannotMap, BrokenQueue: The request makes no sense; the queue is given
-                up.
-        """
-        ...
-
-
-class Vring:
-    """A queue as the front-end has set it up so far."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.where: VringAddress | None = None
-        self.base = 0
-        self.enabled = False
-        self.polled = False
-        """Whether nobody will say that there is something in it: it must be looked at."""
-        self.more = False
-        """Whether requests were left for the next time, for others' sake."""
-        self.kick = self.call = self.error = -1
-        self.queue: Virtqueue | None = None
-        """Once it is started."""
-        self.broken = False
-
-    def replace(self, name: str, fd: int) -> None:
-        """Put another descriptor in the place of ``kick``, ``call`` or ``error``."""
-        before = getattr(self, name)
-        setattr(self, name, fd)
-        if before >= 0:
-            os.close(before)
-
-    def stop(self) -> None:
-        """Forget where it is; the next start begins where it was."""
-        if self.queue is not None:
-            self.base = self.queue.next_available
-            self.queue = None
-        self.broken = self.polled = self.more = False
-        self.replace("kick", -1)
-
-    def close(self) -> None:
-        """Close every descriptor."""
-        for name in ("kick", "call", "error"):
-            self.replace(name, -1)
 
 
 class Session:
@@ -312,7 +242,7 @@ class Session:
         if len(fds) != expected:
             raise ProtocolViolation(f"a queue's event came with {len(fds)} file descriptors")
         if fds:
-            _check_event(fds[0])
+            check_event(fds[0])
         return vring, fds.pop() if fds else -1
 
     def _replace_backend_fd(self, fd: int) -> None:
@@ -323,45 +253,10 @@ class Session:
     # -- requests -------------------------------------------------------------------------------
 
     def process(self, index: int) -> int:
-        """Answer what waits in a queue, up to its size; return how many requests that were.
-
-        A queue in which the driver put what makes no sense is not looked at again until it is set
-        up anew; its error descriptor, if it has one, says so.
-        """
-        vring = self.vrings[index]
-        done = 0
-        notify = vring.more = False
-        try:
-            if vring.broken or not vring.enabled or not self._start(vring):
-                return 0
-            assert vring.queue is not None
-            while (chain := vring.queue.pop()) is not None:
-                written = self._device.handle(self.memory, index, chain)
-                notify |= vring.queue.push(chain, written)
-                done += 1
-                # A driver that adds on and on, or a request that writes into the ring, must not
-                # keep other front-ends waiting.
-                if done == vring.size:
-                    vring.more = True
-                    break
-        except _BROKEN:
-            vring.broken = True
-            _signal(vring.error)
-        finally:
-            if notify:
-                _signal(vring.call)
-        return done
-
-    def _start(self, vring: Vring) -> bool:
-        if vring.queue is None and vring.where is not None:
-            if not vring.size:
-                return False
-            vring.queue = Virtqueue(self.memory, vring.size, vring.where, vring.base)
-        return vring.queue is not None
+        """Answer what waits in a queue; see :meth:`~xshmd.vhost_user.vring.Vring.process`."""
+        return self.vrings[index].process(self._device, self.memory, index)
 
 
-_BROKEN: Final = (BrokenQueue, OutsideMemory, CannotMap)
-"""What a driver can make happen."""
 _WITH_FDS: Final = frozenset(
     {
         Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG, Request.SET_VRING_KICK,
@@ -403,22 +298,3 @@ _HANDLERS: Final[Mapping[int, _Handler]] = MappingProxyType(
 def _expect_nothing(payload: bytes) -> None:
     if payload:
         raise ProtocolViolation(f"{len(payload)} bytes came where none are expected")
-
-
-def _check_event(fd: int) -> None:
-    """Raise unless reading and writing this can do nothing but wake somebody."""
-    kind = stat.S_IFMT(os.fstat(fd).st_mode)
-    if kind not in (_ANONYMOUS, stat.S_IFIFO):
-        raise ProtocolViolation("a queue's event is neither an eventfd nor a pipe")
-    os.set_blocking(fd, False)
-
-
-_ANONYMOUS: Final = 0
-"""The kind of file that an eventfd is."""
-
-
-def _signal(fd: int) -> None:
-    if fd >= 0:
-        # One that is full has not been read yet, and one without a reader needs no waking.
-        with contextlib.suppress(OSError):
-            os.write(fd, _ONE)
