@@ -9,8 +9,8 @@ import struct
 import time
 
 from xshmd.vhost_user.frontend import Queue
+from xshmd.vhost_user.payloads import VringAddress
 from xshmd.vhost_user.virtqueue import DESC_F_NEXT, DESC_F_WRITE
-from xshmd.vhost_user.wire import VringAddress
 
 PAGE = 4096
 

@@ -30,9 +30,10 @@ from xshmd.vhost_user import session as session_module
 from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.memory import Memory
 from xshmd.vhost_user.offer import Addresses, Target
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
 from xshmd.vhost_user.virtqueue import Chain, read_all, write_all
 from xshmd.vhost_user.vring import Device
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolFeature, XenFlag
+from xshmd.vhost_user.wire import ProtocolFeature
 from xshmd.xen.windows import Window
 
 Captured = pytest.CaptureFixture[str]

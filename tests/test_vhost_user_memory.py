@@ -14,7 +14,8 @@ from fakes.xen_devices import XenDevices
 from xshmd.units import DOMID_FIRST_RESERVED, DomId, Gfn
 from xshmd.vhost_user import table
 from xshmd.vhost_user.memory import CannotMap, Memory, OutsideMemory
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolViolation, XenFlag
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
+from xshmd.vhost_user.wire import ProtocolViolation
 from xshmd.xen import device_maps
 from xshmd.xen.windows import Window
 

@@ -21,21 +21,15 @@ from integration.virtio_driver import PAGE, Driver
 from xshmd.errors import Refused
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import backend as backend_module
+from xshmd.vhost_user import payloads, wire
 from xshmd.vhost_user import session as session_module
-from xshmd.vhost_user import wire
 from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.block import BlockDevice
 from xshmd.vhost_user.channel import Channel, Disconnected
 from xshmd.vhost_user.frontend import Frontend
 from xshmd.vhost_user.memory import Memory
-from xshmd.vhost_user.wire import (
-    MemoryRegion,
-    Message,
-    ProtocolFeature,
-    ProtocolViolation,
-    Request,
-    XenFlag,
-)
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
+from xshmd.vhost_user.wire import Message, ProtocolFeature, ProtocolViolation, Request
 from xshmd.xen.windows import Window
 
 AT, USER, SIZE = 0x3A000000, 0x7F0000000000, 16 * PAGE
@@ -285,7 +279,7 @@ def table_of(count: int) -> bytes:
         dataclasses.replace(REGION, guest_address=SIZE * i, user_address=SIZE * i)
         for i in range(count)
     ]
-    return wire.encode(Message(Request.SET_MEM_TABLE, wire.encode_table(regions, xen=False)))
+    return wire.encode(Message(Request.SET_MEM_TABLE, payloads.encode_table(regions, xen=False)))
 
 
 def is_ended(connected: socket.socket) -> bool:
@@ -395,7 +389,7 @@ def test_there_are_not_more_than_so_many(served: Served, monkeypatch: pytest.Mon
 def test_an_event_that_nobody_holds_any_more(served: Served) -> None:
     connected = served.raw()
     read, write = os.pipe()
-    kick = Message(Request.SET_VRING_KICK, wire.encode_u64(0))
+    kick = Message(Request.SET_VRING_KICK, payloads.encode_u64(0))
     send(connected, wire.encode(kick), [read])
     os.close(read)
     os.close(write)
@@ -404,7 +398,7 @@ def test_an_event_that_nobody_holds_any_more(served: Served) -> None:
     assert connected.recv(20) == wire.encode(
         Message(
             Request.GET_FEATURES,
-            wire.encode_u64(session_module.FEATURES | 1 << 9),
+            payloads.encode_u64(session_module.FEATURES | 1 << 9),
             flags=wire.VERSION | wire.FLAG_REPLY,
         )
     )
@@ -463,7 +457,7 @@ def test_a_backend_that_says_nothing() -> None:
 def test_an_old_backend_without_protocol_features(shared: tuple[int, memoryview]) -> None:
     def reply(message: Message) -> bytes:
         if message.request == Request.GET_FEATURES:
-            return wire.encode(Message(message.request, wire.encode_u64(1 << 32), flags=5))
+            return wire.encode(Message(message.request, payloads.encode_u64(1 << 32), flags=5))
         for fd in message.fds:
             os.close(fd)
         return b""

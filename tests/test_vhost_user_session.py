@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from integration.virtio_driver import PAGE, Driver
-from xshmd.vhost_user import wire
+from xshmd.vhost_user import payloads, wire
 from xshmd.vhost_user.memory import CannotMap, Memory
+from xshmd.vhost_user.payloads import MemoryRegion, VringState
 from xshmd.vhost_user.session import FEATURES, MAX_MEM_SLOTS, PROTOCOL_FEATURES, Session
 from xshmd.vhost_user.virtqueue import (
     DESC_F_INDIRECT,
@@ -27,12 +28,10 @@ from xshmd.vhost_user.wire import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,
     VERSION,
-    MemoryRegion,
     Message,
     ProtocolFeature,
     ProtocolViolation,
     Request,
-    VringState,
 )
 from xshmd.xen.windows import Window
 
@@ -100,11 +99,11 @@ def tell(session: Session, request: int, payload: bytes = b"", *fds: int) -> Non
 
 
 def u64(value: int) -> bytes:
-    return wire.encode_u64(value)
+    return payloads.encode_u64(value)
 
 
 def state(index: int, num: int) -> bytes:
-    return wire.encode_state(VringState(index, num))
+    return payloads.encode_state(VringState(index, num))
 
 
 def event() -> int:
@@ -116,7 +115,7 @@ def start(session: Session, driver: Driver, *, index: int = 0, enable: bool = Tr
     queue = driver.queue(index)
     tell(session, Request.SET_VRING_NUM, state(index, queue.size))
     tell(session, Request.SET_VRING_BASE, state(index, 0))
-    tell(session, Request.SET_VRING_ADDR, wire.encode_address(queue.where))
+    tell(session, Request.SET_VRING_ADDR, payloads.encode_address(queue.where))
     tell(session, Request.SET_VRING_CALL, u64(index), os.dup(driver.call))
     tell(session, Request.SET_VRING_KICK, u64(index), os.dup(driver.kick))
     if enable:
@@ -127,7 +126,7 @@ def start(session: Session, driver: Driver, *, index: int = 0, enable: bool = Tr
 def driver(session: Session, shared: tuple[int, memoryview]) -> Iterator[Driver]:
     """A driver whose queue is started."""
     fd, view = shared
-    tell(session, Request.SET_MEM_TABLE, wire.encode_table([REGION], xen=False), os.dup(fd))
+    tell(session, Request.SET_MEM_TABLE, payloads.encode_table([REGION], xen=False), os.dup(fd))
     driver = Driver(view, AT, USER)
     start(session, driver)
     yield driver
@@ -138,13 +137,13 @@ def driver(session: Session, shared: tuple[int, memoryview]) -> Iterator[Driver]
 
 
 def test_what_is_offered(session: Session) -> None:
-    assert wire.decode_u64(ask(session, Request.GET_FEATURES)) == FEATURES | 1 << 5
-    assert wire.decode_u64(ask(session, Request.GET_PROTOCOL_FEATURES)) == PROTOCOL_FEATURES
-    assert wire.decode_u64(ask(session, Request.GET_QUEUE_NUM)) == 2
-    assert wire.decode_u64(ask(session, Request.GET_MAX_MEM_SLOTS)) == MAX_MEM_SLOTS
+    assert payloads.decode_u64(ask(session, Request.GET_FEATURES)) == FEATURES | 1 << 5
+    assert payloads.decode_u64(ask(session, Request.GET_PROTOCOL_FEATURES)) == PROTOCOL_FEATURES
+    assert payloads.decode_u64(ask(session, Request.GET_QUEUE_NUM)) == 2
+    assert payloads.decode_u64(ask(session, Request.GET_MAX_MEM_SLOTS)) == MAX_MEM_SLOTS
     assert ProtocolFeature.XEN_MMAP in PROTOCOL_FEATURES
-    config = wire.decode_config(
-        ask(session, Request.GET_CONFIG, wire.encode_config(wire.Config(3, 0, bytes(5))))
+    config = payloads.decode_config(
+        ask(session, Request.GET_CONFIG, payloads.encode_config(payloads.Config(3, 0, bytes(5))))
     )
     assert config.data == b"fig\0\0"
 
@@ -155,12 +154,12 @@ def test_an_acknowledgement_comes_if_agreed_and_asked_for(session: Session) -> N
     tell(session, Request.SET_PROTOCOL_FEATURES, u64(ProtocolFeature.REPLY_ACK))
     reply = session.handle(wanted)
     assert reply is not None
-    assert wire.decode_u64(reply.payload) == 0
+    assert payloads.decode_u64(reply.payload) == 0
     assert session.handle(Message(Request.SET_OWNER)) is None
 
 
 def test_what_cannot_be_mapped_is_said_or_ends_it(session: Session) -> None:
-    payload = wire.encode_single(REGION, xen=False)
+    payload = payloads.encode_single(REGION, xen=False)
     with pytest.raises(CannotMap):
         session.handle(Message(Request.ADD_MEM_REG, payload, (os.memfd_create("empty"),)))
     tell(session, Request.SET_PROTOCOL_FEATURES, u64(ProtocolFeature.REPLY_ACK))
@@ -169,7 +168,7 @@ def test_what_cannot_be_mapped_is_said_or_ends_it(session: Session) -> None:
         Message(Request.ADD_MEM_REG, payload, fds, flags=VERSION | FLAG_NEED_REPLY)
     )
     assert reply is not None
-    assert wire.decode_u64(reply.payload) == 1
+    assert payloads.decode_u64(reply.payload) == 1
     assert session.memory.regions == ()
 
 
@@ -177,7 +176,7 @@ def test_the_form_of_descriptions_is_agreed_before_there_are_any(
     session: Session, shared: tuple[int, memoryview]
 ) -> None:
     tell(session, Request.SET_PROTOCOL_FEATURES, u64(ProtocolFeature.XEN_MMAP))
-    payload = wire.encode_single(REGION, xen=True)
+    payload = payloads.encode_single(REGION, xen=True)
     tell(session, Request.ADD_MEM_REG, payload, os.dup(shared[0]))
     tell(session, Request.SET_PROTOCOL_FEATURES, u64(ProtocolFeature.XEN_MMAP))
     with pytest.raises(ProtocolViolation, match="after memory was given"):
@@ -196,19 +195,24 @@ def test_the_form_of_descriptions_is_agreed_before_there_are_any(
         (Request.GET_FEATURES, b"", 1, "GET_FEATURES came with 1 file"),
         (Request.SET_FEATURES, u64(1 << 63), 0, "more than were offered"),
         (Request.SET_PROTOCOL_FEATURES, u64(1 << 1), 0, "more than were offered"),
-        (Request.SET_MEM_TABLE, wire.encode_table([REGION], xen=False), 2, "2 file descriptors"),
-        (Request.ADD_MEM_REG, wire.encode_single(REGION, xen=False), 0, "0 file descriptors"),
-        (Request.ADD_MEM_REG, wire.encode_single(REGION, xen=True), 1, "48 bytes|40 bytes"),
-        (Request.REM_MEM_REG, wire.encode_single(REGION, xen=False), 0, "no region at"),
-        (Request.REM_MEM_REG, wire.encode_single(REGION, xen=False), 2, "2 file descriptors"),
+        (
+            Request.SET_MEM_TABLE,
+            payloads.encode_table([REGION], xen=False),
+            2,
+            "2 file descriptors",
+        ),
+        (Request.ADD_MEM_REG, payloads.encode_single(REGION, xen=False), 0, "0 file descriptors"),
+        (Request.ADD_MEM_REG, payloads.encode_single(REGION, xen=True), 1, "48 bytes|40 bytes"),
+        (Request.REM_MEM_REG, payloads.encode_single(REGION, xen=False), 0, "no region at"),
+        (Request.REM_MEM_REG, payloads.encode_single(REGION, xen=False), 2, "2 file descriptors"),
         (Request.SET_VRING_NUM, state(2, 8), 0, "no queue 2"),
         (Request.GET_VRING_BASE, state(0xFFFFFFFF, 0), 0, "no queue"),
         (Request.SET_VRING_KICK, u64(0), 0, "0 file descriptors"),
         (Request.SET_VRING_KICK, u64(wire.VRING_NO_FD), 1, "1 file descriptors"),
         (Request.SET_VRING_KICK, u64(0), 1, "neither an eventfd nor a pipe"),
         (Request.SET_VRING_CALL, u64(7), 1, "no queue 7"),
-        (Request.SET_VRING_ADDR, wire._ADDRESS.pack(0, 0, 8, 0, 0, 0), 0, "not aligned"),
-        (Request.SET_VRING_ADDR, wire._ADDRESS.pack(9, 0, 0, 0, 0, 0), 0, "no queue 9"),
+        (Request.SET_VRING_ADDR, payloads._ADDRESS.pack(0, 0, 8, 0, 0, 0), 0, "not aligned"),
+        (Request.SET_VRING_ADDR, payloads._ADDRESS.pack(9, 0, 0, 0, 0, 0), 0, "no queue 9"),
         (Request.SET_BACKEND_REQ_FD, b"", 0, "0 file descriptors"),
         (Request.SET_BACKEND_REQ_FD, b"", 2, "2 file descriptors"),
     ],
@@ -232,21 +236,21 @@ def test_there_is_a_limit_to_regions(session: Session, shared: tuple[int, memory
         region = MemoryRegion(
             guest_address=number * SIZE, size_bytes=SIZE, user_address=number * SIZE
         )
-        payload = wire.encode_single(region, xen=False)
+        payload = payloads.encode_single(region, xen=False)
         tell(session, Request.ADD_MEM_REG, payload, os.dup(shared[0]))
-    payload = wire.encode_single(REGION, xen=False)
+    payload = payloads.encode_single(REGION, xen=False)
     with pytest.raises(ProtocolViolation, match="more than 64"):
         session.handle(Message(Request.ADD_MEM_REG, payload, (os.dup(shared[0]),)))
 
 
 def test_status_and_backend_channel(session: Session) -> None:
     tell(session, Request.SET_STATUS, u64(7))
-    assert wire.decode_u64(ask(session, Request.GET_STATUS)) == 7
+    assert payloads.decode_u64(ask(session, Request.GET_STATUS)) == 7
     tell(session, Request.SET_STATUS, u64(0))
-    assert wire.decode_u64(ask(session, Request.GET_STATUS)) == 0
+    assert payloads.decode_u64(ask(session, Request.GET_STATUS)) == 0
     tell(session, Request.SET_BACKEND_REQ_FD, b"", event())
     tell(session, Request.SET_BACKEND_REQ_FD, b"", event())
-    tell(session, Request.SET_CONFIG, wire.encode_config(wire.Config(0, 0, b"x")))
+    tell(session, Request.SET_CONFIG, payloads.encode_config(payloads.Config(0, 0, b"x")))
 
 
 # -- queues -------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def test_more_requests_than_the_rings_number_goes_to(
 ) -> None:
     """Both indices wrap at 65536, the slots at the queue's size."""
     fd, view = shared
-    tell(session, Request.SET_MEM_TABLE, wire.encode_table([REGION], xen=False), os.dup(fd))
+    tell(session, Request.SET_MEM_TABLE, payloads.encode_table([REGION], xen=False), os.dup(fd))
     driver = Driver(view, AT, USER, already=65530)
     start(session, driver)
     tell(session, Request.SET_VRING_BASE, state(0, 65530))
@@ -275,7 +279,9 @@ def test_more_requests_than_the_rings_number_goes_to(
         assert session.process(0) == 8
         assert driver.answer(3) == b"cba"
     assert driver.used == (65530 + 32) % 65536
-    assert wire.decode_state(ask(session, Request.GET_VRING_BASE, state(0, 0))).num == driver.used
+    assert (
+        payloads.decode_state(ask(session, Request.GET_VRING_BASE, state(0, 0))).num == driver.used
+    )
     driver.close()
 
 
@@ -297,7 +303,7 @@ def test_without_protocol_features_queues_are_enabled(session: Session, driver: 
 def test_a_stopped_queue_goes_on_where_it_was(session: Session, driver: Driver) -> None:
     driver.place(b"abc", 3)
     session.process(0)
-    base = wire.decode_state(ask(session, Request.GET_VRING_BASE, state(0, 0))).num
+    base = payloads.decode_state(ask(session, Request.GET_VRING_BASE, state(0, 0))).num
     assert base == 1
     driver.place(b"def", 3)
     tell(session, Request.SET_VRING_BASE, state(0, base))
@@ -410,7 +416,7 @@ def test_a_size_that_no_queue_has(session: Session, driver: Driver, size: int) -
 
 
 def test_memory_that_goes_takes_the_queue_along(session: Session, driver: Driver) -> None:
-    tell(session, Request.REM_MEM_REG, wire.encode_single(REGION, xen=False))
+    tell(session, Request.REM_MEM_REG, payloads.encode_single(REGION, xen=False))
     driver.place(b"abc", 3)
     assert session.process(0) == 0
     assert session.vrings[0].broken
@@ -432,7 +438,7 @@ def test_a_driver_that_goes_on_and_on_is_not_answered_in_one_go(
     device = Fed()
     session = Session(device, Memory())
     fd, view = shared
-    tell(session, Request.SET_MEM_TABLE, wire.encode_table([REGION], xen=False), os.dup(fd))
+    tell(session, Request.SET_MEM_TABLE, payloads.encode_table([REGION], xen=False), os.dup(fd))
     driver = device.driver = Driver(view, AT, USER)
     start(session, driver)
     driver.place(b"abc", 3)

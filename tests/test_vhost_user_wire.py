@@ -11,21 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xshmd.vhost_user import wire
+from xshmd.vhost_user import payloads, wire
+from xshmd.vhost_user.payloads import Config, MemoryRegion, VringAddress, VringState, XenFlag
 from xshmd.vhost_user.wire import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,
     VERSION,
-    Config,
     Inbox,
-    MemoryRegion,
     Message,
     ProtocolFeature,
     ProtocolViolation,
     Request,
-    VringAddress,
-    VringState,
-    XenFlag,
 )
 
 ONE = MemoryRegion(
@@ -46,32 +42,32 @@ TWO_HEX = "0000204000000000 0020000000000000 0000003a00000000 0000000000000000"
 GOLDEN = [
     (Message(Request.GET_FEATURES), "01000000 01000000 00000000"),
     (
-        Message(Request.GET_FEATURES, wire.encode_u64(0x140000000), flags=VERSION | FLAG_REPLY),
+        Message(Request.GET_FEATURES, payloads.encode_u64(0x140000000), flags=VERSION | FLAG_REPLY),
         "01000000 05000000 08000000 0000004001000000",
     ),
     (
-        Message(Request.SET_FEATURES, wire.encode_u64(1 << 32)),
+        Message(Request.SET_FEATURES, payloads.encode_u64(1 << 32)),
         "02000000 01000000 08000000 0000000001000000",
     ),
     (Message(Request.SET_OWNER), "03000000 01000000 00000000"),
     (Message(Request.RESET_OWNER), "04000000 01000000 00000000"),
     (
-        Message(Request.SET_MEM_TABLE, wire.encode_table([ONE], xen=False)),
+        Message(Request.SET_MEM_TABLE, payloads.encode_table([ONE], xen=False)),
         f"05000000 01000000 28000000 01000000 00000000 {ONE_HEX}",
     ),
     (
-        Message(Request.SET_MEM_TABLE, wire.encode_table([ONE, TWO], xen=True)),
+        Message(Request.SET_MEM_TABLE, payloads.encode_table([ONE, TWO], xen=True)),
         f"05000000 01000000 58000000 02000000 00000000 {ONE_HEX} 0000000000000000"
         f"{TWO_HEX} 01000000 07000000",
     ),
     (
-        Message(Request.SET_VRING_NUM, wire.encode_state(VringState(1, 256))),
+        Message(Request.SET_VRING_NUM, payloads.encode_state(VringState(1, 256))),
         "08000000 01000000 08000000 01000000 00010000",
     ),
     (
         Message(
             Request.SET_VRING_ADDR,
-            wire.encode_address(
+            payloads.encode_address(
                 VringAddress(index=2, flags=1, descriptors=0x10, used=0x20, available=0x30, log=4)
             ),
         ),
@@ -79,30 +75,30 @@ GOLDEN = [
         "3000000000000000 0400000000000000",
     ),
     (
-        Message(Request.SET_VRING_BASE, wire.encode_state(VringState(0, 9))),
+        Message(Request.SET_VRING_BASE, payloads.encode_state(VringState(0, 9))),
         "0a000000 01000000 08000000 00000000 09000000",
     ),
     (
-        Message(Request.GET_VRING_BASE, wire.encode_state(VringState(3, 0))),
+        Message(Request.GET_VRING_BASE, payloads.encode_state(VringState(3, 0))),
         "0b000000 01000000 08000000 03000000 00000000",
     ),
     (
-        Message(Request.SET_VRING_KICK, wire.encode_u64(1)),
+        Message(Request.SET_VRING_KICK, payloads.encode_u64(1)),
         "0c000000 01000000 08000000 0100000000000000",
     ),
     (
-        Message(Request.SET_VRING_CALL, wire.encode_u64(wire.VRING_NO_FD)),
+        Message(Request.SET_VRING_CALL, payloads.encode_u64(wire.VRING_NO_FD)),
         "0d000000 01000000 08000000 0001000000000000",
     ),
     (
-        Message(Request.SET_VRING_ERR, wire.encode_u64(wire.VRING_NO_FD | 2)),
+        Message(Request.SET_VRING_ERR, payloads.encode_u64(wire.VRING_NO_FD | 2)),
         "0e000000 01000000 08000000 0201000000000000",
     ),
     (Message(Request.GET_PROTOCOL_FEATURES), "0f000000 01000000 00000000"),
     (
         Message(
             Request.SET_PROTOCOL_FEATURES,
-            wire.encode_u64(
+            payloads.encode_u64(
                 ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ
                 | ProtocolFeature.CONFIGURE_MEM_SLOTS | ProtocolFeature.XEN_MMAP
             ),
@@ -111,38 +107,38 @@ GOLDEN = [
     ),
     (Message(Request.GET_QUEUE_NUM), "11000000 01000000 00000000"),
     (
-        Message(Request.SET_VRING_ENABLE, wire.encode_state(VringState(0, 1))),
+        Message(Request.SET_VRING_ENABLE, payloads.encode_state(VringState(0, 1))),
         "12000000 01000000 08000000 00000000 01000000",
     ),
     (Message(Request.SET_BACKEND_REQ_FD), "15000000 01000000 00000000"),
     (
-        Message(Request.GET_CONFIG, wire.encode_config(Config(4, 0, b"\1\2\3"))),
+        Message(Request.GET_CONFIG, payloads.encode_config(Config(4, 0, b"\1\2\3"))),
         "18000000 01000000 0f000000 04000000 03000000 00000000 010203",
     ),
     (
-        Message(Request.SET_CONFIG, wire.encode_config(Config(0, 1, b"\xff"))),
+        Message(Request.SET_CONFIG, payloads.encode_config(Config(0, 1, b"\xff"))),
         "19000000 01000000 0d000000 00000000 01000000 01000000 ff",
     ),
     (Message(Request.RESET_DEVICE), "22000000 01000000 00000000"),
     (Message(Request.GET_MAX_MEM_SLOTS), "24000000 01000000 00000000"),
     (
         Message(
-            Request.ADD_MEM_REG, wire.encode_single(ONE, xen=False),
+            Request.ADD_MEM_REG, payloads.encode_single(ONE, xen=False),
             flags=VERSION | FLAG_NEED_REPLY,
         ),
         f"25000000 09000000 28000000 0000000000000000 {ONE_HEX}",
     ),
     (
-        Message(Request.ADD_MEM_REG, wire.encode_single(GRANTED, xen=True)),
+        Message(Request.ADD_MEM_REG, payloads.encode_single(GRANTED, xen=True)),
         "25000000 01000000 30000000 0000000000000000 0080000000000080 0010000000000000"
         "0000000000000000 0000000000000000 02010000 09000000",
     ),
     (
-        Message(Request.REM_MEM_REG, wire.encode_single(TWO, xen=True)),
+        Message(Request.REM_MEM_REG, payloads.encode_single(TWO, xen=True)),
         f"26000000 01000000 30000000 0000000000000000 {TWO_HEX} 01000000 07000000",
     ),
     (
-        Message(Request.SET_STATUS, wire.encode_u64(7)),
+        Message(Request.SET_STATUS, payloads.encode_u64(7)),
         "27000000 01000000 08000000 0700000000000000",
     ),
     (Message(Request.GET_STATUS), "28000000 01000000 00000000"),
@@ -184,8 +180,8 @@ def test_what_rust_vmm_sends() -> None:
         ),
     )
     regions = (foreign(0x40200000, 0x2000, 0x3A000000), foreign(0x40202000, 0x1000, 0x3A002000))
-    assert wire.decode_table(table.payload, xen=True) == regions
-    assert wire.encode_table(regions, xen=True) == table.payload
+    assert payloads.decode_table(table.payload, xen=True) == regions
+    assert payloads.encode_table(regions, xen=True) == table.payload
     granted = MemoryRegion(
         guest_address=(1 << 63) | 0x8000, size_bytes=0x1000, user_address=0,
         xen_flags=XenFlag.GRANT | XenFlag.NO_ADVANCE_MAP_RUST_VMM, domid=5,
@@ -199,8 +195,14 @@ def test_what_rust_vmm_sends() -> None:
             ),
         )
         assert single.request == request
-        assert wire.decode_single(single.payload, xen=True) == granted
-        assert wire.encode_single(granted, xen=True) == single.payload
+        assert payloads.decode_single(single.payload, xen=True) == granted
+        assert payloads.encode_single(granted, xen=True) == single.payload
+
+
+def test_no_message_is_longer_than_may_be() -> None:
+    table = payloads.encode_table([ONE] * wire.MAX_TABLE_REGIONS, xen=True)
+    config = payloads.encode_config(Config(0, 0, bytes(wire.MAX_CONFIG_BYTES)))
+    assert max(len(table), len(config)) == wire.MAX_PAYLOAD_BYTES
 
 
 def test_every_request_has_a_vector() -> None:
@@ -208,38 +210,45 @@ def test_every_request_has_a_vector() -> None:
 
 
 def test_payloads_come_back() -> None:
-    assert wire.decode_table(wire.encode_table([ONE, TWO], xen=True), xen=True) == (ONE, TWO)
-    assert wire.decode_table(wire.encode_table([ONE], xen=False), xen=False) == (ONE,)
-    assert wire.decode_table(wire.encode_table([], xen=True), xen=True) == ()
-    assert wire.decode_single(wire.encode_single(GRANTED, xen=True), xen=True) == GRANTED
+    assert payloads.decode_table(payloads.encode_table([ONE, TWO], xen=True), xen=True) == (
+        ONE,
+        TWO,
+    )
+    assert payloads.decode_table(payloads.encode_table([ONE], xen=False), xen=False) == (ONE,)
+    assert payloads.decode_table(payloads.encode_table([], xen=True), xen=True) == ()
+    assert payloads.decode_single(payloads.encode_single(GRANTED, xen=True), xen=True) == GRANTED
     address = VringAddress(index=1, flags=0, descriptors=16, used=32, available=64, log=0)
-    assert wire.decode_address(wire.encode_address(address)) == address
-    assert wire.decode_config(wire.encode_config(Config(1, 2, b"abc"))) == Config(1, 2, b"abc")
+    assert payloads.decode_address(payloads.encode_address(address)) == address
+    assert payloads.decode_config(payloads.encode_config(Config(1, 2, b"abc"))) == Config(
+        1, 2, b"abc"
+    )
 
 
 def test_plain_descriptions_are_told_from_xens_by_their_size() -> None:
     """QEMU agrees to XEN_MMAP without knowing it; see _region_size()."""
-    assert wire.decode_table(wire.encode_table([ONE] * 5, xen=False), xen=True) == (ONE,) * 5
-    assert wire.decode_single(wire.encode_single(ONE, xen=False), xen=True) == ONE
+    assert (
+        payloads.decode_table(payloads.encode_table([ONE] * 5, xen=False), xen=True) == (ONE,) * 5
+    )
+    assert payloads.decode_single(payloads.encode_single(ONE, xen=False), xen=True) == ONE
     with pytest.raises(ProtocolViolation):
-        wire.decode_single(wire.encode_single(ONE, xen=True), xen=False)
+        payloads.decode_single(payloads.encode_single(ONE, xen=True), xen=False)
 
 
 @pytest.mark.parametrize(
     ("read", "payload"),
     [
-        (wire.decode_u64, b"1234567"),
-        (wire.decode_state, bytes(9)),
-        (wire.decode_address, bytes(39)),
-        (wire.decode_config, bytes(11)),
-        (wire.decode_config, wire.encode_config(Config(0, 0, bytes(257)))),
-        (wire.decode_config, wire.encode_config(Config(0xFFFFFFFF, 0, b"a"))),
-        (wire.decode_config, wire.encode_config(Config(0, 0, b"abc"))[:-1]),
-        (lambda data: wire.decode_table(data, xen=True), b"\1\0\0\0"),
-        (lambda data: wire.decode_table(data, xen=True), b"\1\0\0\0\0\0\0\0" + bytes(36)),
-        (lambda data: wire.decode_table(data, xen=True), b"\xff\xff\xff\xff\0\0\0\0"),
-        (lambda data: wire.decode_table(data, xen=False), b"\x09\0\0\0\0\0\0\0" + bytes(288)),
-        (lambda data: wire.decode_single(data, xen=False), bytes(7)),
+        (payloads.decode_u64, b"1234567"),
+        (payloads.decode_state, bytes(9)),
+        (payloads.decode_address, bytes(39)),
+        (payloads.decode_config, bytes(11)),
+        (payloads.decode_config, payloads.encode_config(Config(0, 0, bytes(257)))),
+        (payloads.decode_config, payloads.encode_config(Config(0xFFFFFFFF, 0, b"a"))),
+        (payloads.decode_config, payloads.encode_config(Config(0, 0, b"abc"))[:-1]),
+        (lambda data: payloads.decode_table(data, xen=True), b"\1\0\0\0"),
+        (lambda data: payloads.decode_table(data, xen=True), b"\1\0\0\0\0\0\0\0" + bytes(36)),
+        (lambda data: payloads.decode_table(data, xen=True), b"\xff\xff\xff\xff\0\0\0\0"),
+        (lambda data: payloads.decode_table(data, xen=False), b"\x09\0\0\0\0\0\0\0" + bytes(288)),
+        (lambda data: payloads.decode_single(data, xen=False), bytes(7)),
     ],
 )
 def test_payloads_of_the_wrong_size(read: Callable[[bytes], object], payload: bytes) -> None:
@@ -277,7 +286,7 @@ def test_any_cut_gives_the_same_messages(cuts: list[int]) -> None:
 
 def test_descriptors_are_those_of_the_message_they_came_with() -> None:
     inbox = Inbox()
-    data = wire.encode(Message(Request.SET_VRING_KICK, wire.encode_u64(0)))
+    data = wire.encode(Message(Request.SET_VRING_KICK, payloads.encode_u64(0)))
     assert inbox.feed(data[:5], [3]) is None
     assert inbox.feed(data[5:12], [4]) is None
     message = inbox.feed(data[12:])

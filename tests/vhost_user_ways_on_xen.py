@@ -25,8 +25,8 @@ from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.block import BlockDevice
 from xshmd.vhost_user.channel import Channel
 from xshmd.vhost_user.frontend import Frontend
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
 from xshmd.vhost_user.table import GRANT_ADDRESS_BIT
-from xshmd.vhost_user.wire import MemoryRegion, XenFlag
 from xshmd.xen.device_maps import GNTDEV, open_restricted
 from xshmd.xen.hypervisor import XenHypervisor
 

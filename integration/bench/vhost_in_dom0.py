@@ -23,7 +23,8 @@ from xshmd.policy.identity import new_holder_uuid
 from xshmd.units import DomId, Gfn, address_of, bytes_of
 from xshmd.vhost_user.channel import Channel
 from xshmd.vhost_user.frontend import Frontend
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolFeature, XenFlag
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
+from xshmd.vhost_user.wire import ProtocolFeature
 from xshmd.xen import device_maps
 from xshmd.xen.hypervisor import XenHypervisor
 

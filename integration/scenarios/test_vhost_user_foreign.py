@@ -27,7 +27,8 @@ from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.block import BlockDevice
 from xshmd.vhost_user.channel import Channel
 from xshmd.vhost_user.frontend import Frontend
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolFeature
+from xshmd.vhost_user.payloads import MemoryRegion
+from xshmd.vhost_user.wire import ProtocolFeature
 
 pytestmark = pytest.mark.alike
 

@@ -19,19 +19,12 @@ from typing import Final
 from fakes.xen_devices import XenDevices
 
 from xshmd.units import DomId, Gfn
-from xshmd.vhost_user import wire
+from xshmd.vhost_user import payloads, wire
 from xshmd.vhost_user.memory import CannotMap, Memory
+from xshmd.vhost_user.payloads import MemoryRegion, VringAddress, VringState
 from xshmd.vhost_user.session import Session
 from xshmd.vhost_user.virtqueue import Chain, read_all, write_all
-from xshmd.vhost_user.wire import (
-    Inbox,
-    MemoryRegion,
-    Message,
-    ProtocolViolation,
-    Request,
-    VringAddress,
-    VringState,
-)
+from xshmd.vhost_user.wire import Inbox, Message, ProtocolViolation, Request
 from xshmd.xen.windows import Window
 
 PAGE: Final = 4096
@@ -140,11 +133,11 @@ def virtqueue(data: bytes) -> None:
     where = VringAddress(index=0, descriptors=AT, available=AT + 256, used=AT + 512)
     state = VringState(0, 8)
     for request, payload, fds in (
-        (Request.SET_MEM_TABLE, wire.encode_table([region], xen=False), (world.open(0),)),
-        (Request.SET_VRING_NUM, wire.encode_state(state), ()),
-        (Request.SET_VRING_ADDR, wire.encode_address(where), ()),
-        (Request.SET_VRING_KICK, wire.encode_u64(wire.VRING_NO_FD), ()),
-        (Request.SET_VRING_ENABLE, wire.encode_state(state), ()),
+        (Request.SET_MEM_TABLE, payloads.encode_table([region], xen=False), (world.open(0),)),
+        (Request.SET_VRING_NUM, payloads.encode_state(state), ()),
+        (Request.SET_VRING_ADDR, payloads.encode_address(where), ()),
+        (Request.SET_VRING_KICK, payloads.encode_u64(wire.VRING_NO_FD), ()),
+        (Request.SET_VRING_ENABLE, payloads.encode_state(state), ()),
     ):
         session.handle(Message(request, payload, fds))
     # A request may write into the ring and offer itself again, for ever: not in one go.

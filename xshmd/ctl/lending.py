@@ -17,7 +17,7 @@ from xshmd.units import PAGE_SIZE, DomId, Gfn
 from xshmd.varlink.client import Client
 from xshmd.vhost_user import offer, table
 from xshmd.vhost_user.offer import Part, Target, Withheld
-from xshmd.vhost_user.wire import MemoryRegion
+from xshmd.vhost_user.payloads import MemoryRegion
 from xshmd.xen import device_maps
 from xshmd.xen.windows import Window
 

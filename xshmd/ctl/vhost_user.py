@@ -25,7 +25,8 @@ from xshmd.units import human_size
 from xshmd.vhost_user.channel import Channel, Disconnected
 from xshmd.vhost_user.frontend import Frontend, Queue
 from xshmd.vhost_user.offer import NO_ADVANCE_FLAGS, Addresses, Target
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolViolation
+from xshmd.vhost_user.payloads import MemoryRegion
+from xshmd.vhost_user.wire import ProtocolViolation
 
 AGAIN_S: Final = 1.0
 """When to try again to reach a back-end that is not there."""

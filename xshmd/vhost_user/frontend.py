@@ -13,18 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from xshmd.errors import Refused
-from xshmd.vhost_user import wire
+from xshmd.vhost_user import payloads, wire
 from xshmd.vhost_user.channel import Channel
+from xshmd.vhost_user.payloads import MemoryRegion, VringAddress, VringState
 from xshmd.vhost_user.wire import (
     FLAG_NEED_REPLY,
     VERSION,
-    MemoryRegion,
     Message,
     ProtocolFeature,
     ProtocolViolation,
     Request,
-    VringAddress,
-    VringState,
 )
 
 ANSWER_S: Final = 10.0
@@ -89,7 +87,7 @@ class Frontend:
             wanted = WANTED | (ProtocolFeature.XEN_MMAP if xen else ProtocolFeature(0))
             known = self._ask_u64(Request.GET_PROTOCOL_FEATURES)
             agreed = ProtocolFeature(known & wanted)
-            self._tell(Request.SET_PROTOCOL_FEATURES, wire.encode_u64(agreed))
+            self._tell(Request.SET_PROTOCOL_FEATURES, payloads.encode_u64(agreed))
             self.protocol = agreed
         if xen and not self.xen:
             raise Refused(
@@ -99,7 +97,7 @@ class Frontend:
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol:
             self.slots = self._ask_u64(Request.GET_MAX_MEM_SLOTS)
         self._tell(Request.SET_OWNER)
-        self._tell(Request.SET_FEATURES, wire.encode_u64(self.features))
+        self._tell(Request.SET_FEATURES, payloads.encode_u64(self.features))
 
     def give(self, wanted: Sequence[MemoryRegion], open_fd: OpenFd) -> None:
         """Make the back-end's memory table this one, with as few changes as the protocol allows.
@@ -115,44 +113,44 @@ class Frontend:
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol:
             for region in self.table:
                 if region not in wanted:
-                    self._tell(Request.REM_MEM_REG, wire.encode_single(region, xen=self.xen))
+                    self._tell(Request.REM_MEM_REG, payloads.encode_single(region, xen=self.xen))
                     self.table = tuple(each for each in self.table if each != region)
             for region in wanted:
                 if region not in self.table:
                     self._tell_with_fds(
-                        Request.ADD_MEM_REG, wire.encode_single(region, xen=self.xen), [region],
+                        Request.ADD_MEM_REG, payloads.encode_single(region, xen=self.xen), [region],
                         open_fd,
                     )  # fmt: skip
                     self.table += (region,)
         elif tuple(wanted) != self.table:
-            payload = wire.encode_table(wanted, xen=self.xen)
+            payload = payloads.encode_table(wanted, xen=self.xen)
             self._tell_with_fds(Request.SET_MEM_TABLE, payload, wanted, open_fd)
             self.table = tuple(wanted)
 
     def start(self, queue: Queue) -> None:
         """Say where a queue is, and have the back-end look into it."""
         index = queue.where.index
-        self._tell(Request.SET_VRING_NUM, wire.encode_state(VringState(index, queue.size)))
-        self._tell(Request.SET_VRING_BASE, wire.encode_state(VringState(index, 0)))
-        self._tell(Request.SET_VRING_ADDR, wire.encode_address(queue.where))
+        self._tell(Request.SET_VRING_NUM, payloads.encode_state(VringState(index, queue.size)))
+        self._tell(Request.SET_VRING_BASE, payloads.encode_state(VringState(index, 0)))
+        self._tell(Request.SET_VRING_ADDR, payloads.encode_address(queue.where))
         for request, fd in (
             (Request.SET_VRING_CALL, queue.call),
             (Request.SET_VRING_KICK, queue.kick),
         ):
             word = index | (wire.VRING_NO_FD if fd < 0 else 0)
-            self._tell(request, wire.encode_u64(word), (fd,) if fd >= 0 else ())
+            self._tell(request, payloads.encode_u64(word), (fd,) if fd >= 0 else ())
         if self.features & wire.VHOST_USER_F_PROTOCOL_FEATURES:
-            self._tell(Request.SET_VRING_ENABLE, wire.encode_state(VringState(index, 1)))
+            self._tell(Request.SET_VRING_ENABLE, payloads.encode_state(VringState(index, 1)))
 
     def stop(self, index: int) -> int:
         """Stop a queue; return where in its available ring the back-end was."""
-        payload = wire.encode_state(VringState(index, 0))
-        return wire.decode_state(self._ask(Request.GET_VRING_BASE, payload)).num
+        payload = payloads.encode_state(VringState(index, 0))
+        return payloads.decode_state(self._ask(Request.GET_VRING_BASE, payload)).num
 
     # -- messages -------------------------------------------------------------------------------
 
     def _ask_u64(self, request: Request) -> int:
-        return wire.decode_u64(self._ask(request))
+        return payloads.decode_u64(self._ask(request))
 
     def _ask(self, request: Request, payload: bytes = b"") -> bytes:
         self._channel.send(Message(request, payload))
@@ -162,7 +160,7 @@ class Frontend:
         acknowledged = ProtocolFeature.REPLY_ACK in self.protocol
         flags = VERSION | (FLAG_NEED_REPLY if acknowledged else 0)
         self._channel.send(Message(request, payload, fds, flags))
-        if acknowledged and wire.decode_u64(self._reply_to(request)):
+        if acknowledged and payloads.decode_u64(self._reply_to(request)):
             raise Refused(f"the back-end could not do {request.name}", hint="its log may say why")
 
     def _tell_with_fds(

@@ -16,7 +16,8 @@ from typing import Final, Protocol
 
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
 from xshmd.vhost_user import table
-from xshmd.vhost_user.wire import MemoryRegion, ProtocolViolation, XenFlag
+from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
+from xshmd.vhost_user.wire import ProtocolViolation
 from xshmd.xen import device_maps
 from xshmd.xen.windows import Window
 

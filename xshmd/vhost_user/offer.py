@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from xshmd.units import Gfn, address_of, bytes_of
-from xshmd.vhost_user.wire import PLAIN, MemoryRegion, VringAddress, XenFlag
+from xshmd.vhost_user.payloads import PLAIN, MemoryRegion, VringAddress, XenFlag
 
 Fields = Mapping[str, Any]
 """A record as the interface ``io.xshmd.Regions`` says it."""

@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from xshmd.vhost_user import wire
+from xshmd.vhost_user import payloads, wire
 from xshmd.vhost_user.memory import CannotMap, Memory
+from xshmd.vhost_user.payloads import Config
 from xshmd.vhost_user.vring import Device, Vring, check_event
-from xshmd.vhost_user.wire import (
-    Config,
-    Message,
-    ProtocolFeature,
-    ProtocolViolation,
-    Request,
-)
+from xshmd.vhost_user.wire import Message, ProtocolFeature, ProtocolViolation, Request
 
 MAX_MEM_SLOTS: Final = 64
 """How many regions a front-end may add one by one."""
@@ -95,7 +90,7 @@ class Session:
         if payload is None:
             if not self._wants_ack(message):
                 return None
-            payload = wire.encode_u64(failed)
+            payload = payloads.encode_u64(failed)
         return Message(message.request, payload, flags=wire.VERSION | wire.FLAG_REPLY)
 
     def _wants_ack(self, message: Message) -> bool:
@@ -105,10 +100,10 @@ class Session:
 
     def _get_features(self, payload: bytes, _fds: list[int]) -> bytes:
         _expect_nothing(payload)
-        return wire.encode_u64(FEATURES | self._device.features)
+        return payloads.encode_u64(FEATURES | self._device.features)
 
     def _set_features(self, payload: bytes, _fds: list[int]) -> None:
-        wanted = wire.decode_u64(payload)
+        wanted = payloads.decode_u64(payload)
         if wanted & ~(FEATURES | self._device.features):
             raise ProtocolViolation(f"the features {wanted:#x} are more than were offered")
         self._features = wanted
@@ -118,10 +113,10 @@ class Session:
 
     def _get_protocol_features(self, payload: bytes, _fds: list[int]) -> bytes:
         _expect_nothing(payload)
-        return wire.encode_u64(PROTOCOL_FEATURES)
+        return payloads.encode_u64(PROTOCOL_FEATURES)
 
     def _set_protocol_features(self, payload: bytes, _fds: list[int]) -> None:
-        wanted = wire.decode_u64(payload)
+        wanted = payloads.decode_u64(payload)
         if wanted & ~PROTOCOL_FEATURES:
             raise ProtocolViolation(f"the protocol features {wanted:#x} are more than were offered")
         # Descriptions of what is there already would be read in another way from now on.
@@ -134,21 +129,21 @@ class Session:
 
     def _get_queue_num(self, payload: bytes, _fds: list[int]) -> bytes:
         _expect_nothing(payload)
-        return wire.encode_u64(len(self.vrings))
+        return payloads.encode_u64(len(self.vrings))
 
     def _get_max_mem_slots(self, payload: bytes, _fds: list[int]) -> bytes:
         _expect_nothing(payload)
-        return wire.encode_u64(MAX_MEM_SLOTS)
+        return payloads.encode_u64(MAX_MEM_SLOTS)
 
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
-        regions = wire.decode_table(payload, xen=self.xen)
+        regions = payloads.decode_table(payload, xen=self.xen)
         given, fds[:] = tuple(fds), []
         self.memory.replace(regions, given, xen=self.xen)
 
     def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         if len(self.memory.regions) >= MAX_MEM_SLOTS:
             raise ProtocolViolation(f"more than {MAX_MEM_SLOTS} memory regions")
-        region = wire.decode_single(payload, xen=self.xen)
+        region = payloads.decode_single(payload, xen=self.xen)
         given, fds[:] = tuple(fds), []
         self.memory.add(region, given, xen=self.xen)
 
@@ -156,14 +151,14 @@ class Session:
         # Some front-ends send the descriptor again, which means nothing.
         if len(fds) > 1:
             raise ProtocolViolation(f"REM_MEM_REG came with {len(fds)} file descriptors")
-        self.memory.remove(wire.decode_single(payload, xen=self.xen))
+        self.memory.remove(payloads.decode_single(payload, xen=self.xen))
 
     def _set_vring_num(self, payload: bytes, _fds: list[int]) -> None:
         vring, state = self._vring_state(payload)
         vring.size = state.num
 
     def _set_vring_addr(self, payload: bytes, _fds: list[int]) -> None:
-        where = wire.decode_address(payload)
+        where = payloads.decode_address(payload)
         if where.descriptors % 16 or where.available % 2 or where.used % 4:
             raise ProtocolViolation("a ring is not aligned as rings are")
         self._vring(where.index).where = where
@@ -175,7 +170,7 @@ class Session:
     def _get_vring_base(self, payload: bytes, _fds: list[int]) -> bytes:
         vring, state = self._vring_state(payload)
         vring.stop()
-        return wire.encode_state(wire.VringState(state.index, vring.base))
+        return payloads.encode_state(payloads.VringState(state.index, vring.base))
 
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         vring, fd = self._vring_fd(payload, fds)
@@ -202,13 +197,13 @@ class Session:
         self._replace_backend_fd(fds.pop())
 
     def _get_config(self, payload: bytes, _fds: list[int]) -> bytes:
-        asked = wire.decode_config(payload)
+        asked = payloads.decode_config(payload)
         space = self._device.config().ljust(wire.MAX_CONFIG_BYTES, b"\0")
         data = space[asked.offset : asked.offset + len(asked.data)]
-        return wire.encode_config(Config(asked.offset, asked.flags, data))
+        return payloads.encode_config(Config(asked.offset, asked.flags, data))
 
     def _set_config(self, payload: bytes, _fds: list[int]) -> None:
-        wire.decode_config(payload)  # nothing of it can be written
+        payloads.decode_config(payload)  # nothing of it can be written
 
     def _reset(self, payload: bytes, _fds: list[int]) -> None:
         _expect_nothing(payload)
@@ -218,25 +213,25 @@ class Session:
             vring.enabled = False
 
     def _set_status(self, payload: bytes, fds: list[int]) -> None:
-        self._status = wire.decode_u64(payload) & 0xFF
+        self._status = payloads.decode_u64(payload) & 0xFF
         if not self._status:
             self._reset(b"", fds)
 
     def _get_status(self, payload: bytes, _fds: list[int]) -> bytes:
         _expect_nothing(payload)
-        return wire.encode_u64(self._status)
+        return payloads.encode_u64(self._status)
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self.vrings):
             raise ProtocolViolation(f"there is no queue {index}")
         return self.vrings[index]
 
-    def _vring_state(self, payload: bytes) -> tuple[Vring, wire.VringState]:
-        state = wire.decode_state(payload)
+    def _vring_state(self, payload: bytes) -> tuple[Vring, payloads.VringState]:
+        state = payloads.decode_state(payload)
         return self._vring(state.index), state
 
     def _vring_fd(self, payload: bytes, fds: list[int]) -> tuple[Vring, int]:
-        word = wire.decode_u64(payload)
+        word = payloads.decode_u64(payload)
         vring = self._vring(word & wire.VRING_INDEX_MASK)
         expected = 0 if word & wire.VRING_NO_FD else 1
         if len(fds) != expected:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xshmd.units import DOMID_FIRST_RESERVED, MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE
-from xshmd.vhost_user.wire import KNOWN_XEN_FLAGS, MemoryRegion, ProtocolViolation, XenFlag
+from xshmd.vhost_user.payloads import KNOWN_XEN_FLAGS, MemoryRegion, XenFlag
+from xshmd.vhost_user.wire import ProtocolViolation
 
 ADDRESS_LIMIT: Final = 1 << 64
 FILE_LIMIT: Final = 1 << 63

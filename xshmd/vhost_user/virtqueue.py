@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from xshmd.vhost_user.memory import Memory
-from xshmd.vhost_user.wire import VringAddress
+from xshmd.vhost_user.payloads import VringAddress
 
 DESC_F_NEXT: Final = 1
 DESC_F_WRITE: Final = 2

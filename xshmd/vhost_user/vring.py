@@ -10,8 +10,9 @@ import sys
 from typing import Final, Protocol
 
 from xshmd.vhost_user.memory import CannotMap, Memory, OutsideMemory
+from xshmd.vhost_user.payloads import VringAddress
 from xshmd.vhost_user.virtqueue import BrokenQueue, Chain, Virtqueue
-from xshmd.vhost_user.wire import ProtocolViolation, VringAddress
+from xshmd.vhost_user.wire import ProtocolViolation
 
 _BROKEN: Final = (BrokenQueue, OutsideMemory, CannotMap)
 """What a driver can make happen."""
