@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from integration.virtio_driver import PAGE, Driver
-from xshmd.vhost_user import payloads, wire
+from xshmd.vhost_user import payloads, virtqueue, wire
 from xshmd.vhost_user.memory import CannotMap, Memory
 from xshmd.vhost_user.payloads import MemoryRegion, VringState
 from xshmd.vhost_user.session import FEATURES, MAX_MEM_SLOTS, PROTOCOL_FEATURES, Session
@@ -405,6 +405,18 @@ def test_what_a_driver_may_not_do_stops_its_queue_alone(
     fresh.place(b"abc", 3)
     assert session.process(0) == 1
     fresh.close()
+
+
+def test_a_request_has_a_limit(
+    session: Session, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors may all name the same memory, again and again."""
+    monkeypatch.setattr(virtqueue, "MAX_CHAIN_BYTES", 6)
+    driver.place(b"abc", 3)
+    assert session.process(0) == 1
+    driver.place(b"abc", 4)
+    assert session.process(0) == 0
+    assert session.vrings[0].broken
 
 
 @pytest.mark.parametrize("size", [0, 3, 65536, 0x80000000])
