@@ -44,7 +44,7 @@ class _Connection:
 
     @property
     def polled(self) -> bool:
-        return any(vring.polled and vring.enabled for vring in self.session.vrings)
+        return any(vring.is_polled for vring in self.session.vrings)
 
     @property
     def busy(self) -> bool:
@@ -235,7 +235,7 @@ class Backend:
     def _process(self, connection: _Connection) -> None:
         """Look into queues that nobody announces anything in, or that have more."""
         for index, vring in enumerate(connection.session.vrings):
-            if vring.polled or vring.more:
+            if vring.is_polled or vring.more:
                 connection.session.process(index)
 
     def _end(self, connection: _Connection, why: str) -> None:

@@ -65,6 +65,11 @@ class Vring:
         """Once it is started."""
         self.broken = False
 
+    @property
+    def is_polled(self) -> bool:
+        """Whether to look into it now and then."""
+        return self.polled and self.enabled and not self.broken
+
     def replace(self, name: str, fd: int) -> None:
         """Put another descriptor in the place of ``kick``, ``call`` or ``error``."""
         before = getattr(self, name)
@@ -108,7 +113,7 @@ class Vring:
                 done += 1
                 # A driver that adds on and on, or a request that writes into the ring, must not
                 # keep other front-ends waiting.
-                if done == self.size:
+                if done >= self.size:
                     self.more = True
                     break
         except _BROKEN:
