@@ -111,6 +111,12 @@ NO_HAP = dataclasses.replace(HOST, has_hap=False)
 CASES = (
     Case(rule="xen-too-old", guests=(guest("a", owner()),), host=OTHER),
     Case(rule="no-hap-here", guests=(guest("a", owner()),), host=NO_HAP),
+    Case(
+        rule="no-hap-here",
+        guests=(guest("a", borrower()),),
+        regions=(system(**GRANT),),
+        host=NO_HAP,
+    ),
     Case(rule="pv-guest", guests=(guest("a", owner(), guest_type=GuestType.PV),)),
     Case(rule="shadow-paging", guests=(guest("a", owner(), hap=False),)),
     Case(rule="altp2m", guests=(guest("a", owner(), altp2m=True),)),
@@ -218,7 +224,6 @@ GOOD = (
             guest("b", borrower(), hap=False, altp2m=True, nestedhvm=True),
         ),
         regions=(system(**GRANT),),
-        host=OTHER,
     ),
     Case(rule="", guests=(guest("a", owner()),), host=SILO),
 )
