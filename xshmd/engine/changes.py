@@ -25,7 +25,8 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.pauses import LIMIT, pause_count
-from xshmd.engine.windows import Join, Windows
+from xshmd.engine.window_plan import Join
+from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, TimedOut, XshmError
 from xshmd.model import Guest, GuestState, Region, RegionRequest

@@ -24,7 +24,8 @@ from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.options import Options
-from xshmd.engine.windows import Join, Windows
+from xshmd.engine.window_plan import Join
+from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Guest, GuestConfig, GuestState

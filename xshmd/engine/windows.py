@@ -14,28 +14,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import structlog
 import trio
 
 from xshmd.engine import attach as maps
-from xshmd.engine.attach import Span
 from xshmd.engine.events import EventHub
 from xshmd.engine.fresh_pages import FreshPages
-from xshmd.engine.holders import FIRST_REGION_GFN, Holders, enlarge_paging_pool
+from xshmd.engine.holders import Holders, enlarge_paging_pool
 from xshmd.engine.inspection import Inspection
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.standstill import Standstill
-from xshmd.engine.window_records import Fresh, Phase, Window
+from xshmd.engine.window_plan import Join, members, new_window, nr_moved, placed
+from xshmd.engine.window_records import Phase, Window
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Event, EventKind, Guest, GuestState, Holder, Region
 from xshmd.policy.sealing import Pace, check_alike, check_pause, count_of
 from xshmd.ports import Hypervisor, Keeper
-from xshmd.units import SUPERPAGE_FRAMES, Gfn, bytes_of
+from xshmd.units import Gfn, bytes_of
 
 log = structlog.get_logger()
 
@@ -43,19 +42,6 @@ PIECE_FRAMES: Final = 4096
 """Frames made and filled between two looks at the clock."""
 ATTEMPTS: Final = 3
 """How often a window is opened if somebody keeps starting the guests that stand still in it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """A guest that is given sealed regions; it stands still already."""
-
-    guest: Guest
-    wanted: Sequence[maps.Mapping]
-    again: bool
-    """As for :func:`xshmd.engine.attach.attach`."""
-    with_tables: Collection[Span] = ()
-    pauses: int | None = None
-    """How many pauses are on it, if it may run on should this fail; None: it will not."""
 
 
 class Windows:
@@ -185,20 +171,8 @@ class Windows:
 
     def _members(self, window: Window, holder: Holder) -> list[tuple[Guest, list[maps.Mapping]]]:
         """Return who has the window's regions, but for the joiner, and what they are to have."""
-        found = []
-        given = {  # by a set of changes that is under way, so its record does not say so yet
-            part.generation: part.attach
-            for intent in self._ledger.intents
-            for part in intent.parts
-            if part.is_mapping
-        }
-        for guest in self._still.targeting(holder):
-            has = dict.fromkeys((*guest.requests, *given.get(guest.generation, ())))
-            now = dataclasses.replace(guest, requests=tuple(has))
-            wanted = _placed(maps.of_sealed(now, self._ledger.regions), window)
-            if wanted and self._still.runs(guest) and guest.generation != window.joiner:
-                found.append((guest, wanted))
-        return found
+        guests = [one for one in self._still.targeting(holder) if self._still.runs(one)]
+        return members(window, guests, self._ledger.regions, self._ledger.intents)
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -209,29 +183,15 @@ class Windows:
         nr_frames = sum(region.nr_frames for region in regions)
         names = ", ".join(region.region_id for region in regions)
         self._holders.check_memory(f"sealed {names}, for a moment twice,", nr_frames)
-        standing = [
-            one for one in self._still.targeting(holder) if one.state is GuestState.ATTACHED
+        window = new_window(holder, regions, reason, join)
+        others = [
+            guest
+            for guest in self._still.targeting(holder)
+            if guest.state is GuestState.ATTACHED and guest.generation != window.joiner
         ]
-        joiner = join.guest if join else None
-        others = [one for one in standing if joiner is None or one.generation != joiner.generation]
-        fresh, first = [], FIRST_REGION_GFN
-        for region in regions:
-            name = f"{holder.uuid}.{secrets.token_hex(8)}"
-            fresh.append(Fresh(region.region_id, name, first, region.nr_frames))
-            first = Gfn(-(-(first + region.nr_frames) // SUPERPAGE_FRAMES) * SUPERPAGE_FRAMES)
-        await self._have_tables(holder, first)
-        window = Window(
-            holder_uuid=holder.uuid,
-            phase=Phase.PREPARING,
-            reason=reason,
-            fresh=tuple(fresh),
-            joiner=joiner.generation if joiner else "",
-            joins=tuple(maps.span_of(one.request) for one in join.wanted) if join else (),
-        )
-        moved = sum(
-            one.request.nr_frames for _, each in self._members(window, holder) for one in each
-        )
-        moved += sum(one.request.nr_frames for one in join.wanted) if join else 0
+        last = window.fresh[-1]
+        await self._have_tables(holder, Gfn(last.first_gfn + last.nr_frames))
+        moved = nr_moved(window, self._members(window, holder))
         if self._pace.fresh_s:
             rest_s = self._pace.rest_s(nr_frames, moved)
             check_pause(f"sealed {names}", rest_s, self._ceiling_s, nr_frames, len(others))
@@ -250,9 +210,7 @@ class Windows:
         """Make the fresh pages and fill them."""
         began = trio.current_time()
         nr_frames = sum(fresh.nr_frames for fresh in window.fresh)
-        members = self._members(window, holder)
-        moved = sum(one.request.nr_frames for _, each in members for one in each)
-        moved += sum(nr for _, nr in window.joins)
+        moved = nr_moved(window, self._members(window, holder))
         await self._worker.run(self._fresh.open, holder, nr_frames)
         done = 0
         for fresh in window.fresh:
@@ -275,7 +233,7 @@ class Windows:
         self._pace.learn_fresh(nr_frames, trio.current_time() - began)
 
     async def _give(self, window: Window, holder: Holder, join: Join) -> None:
-        wanted = _placed(join.wanted, window)
+        wanted = placed(join.wanted, window)
         await self._worker.run(
             lambda: maps.attach(
                 self._xen, join.guest, holder, wanted,
@@ -414,15 +372,3 @@ class Windows:
                 f"{info.tot_pages - expected} old pages are not free: a guest has had Xen keep"
                 " them, which ends when it does",
             )
-
-
-def _placed(wanted: Iterable[maps.Mapping], window: Window) -> list[maps.Mapping]:
-    """Return those of a window's regions, with where their pages are in the holder."""
-    first: Mapping[str, Gfn] = {fresh.region_id: fresh.first_gfn for fresh in window.fresh}
-    return [
-        dataclasses.replace(
-            one, holder_gfn=Gfn(first[one.request.region_id] + one.request.offset_frames)
-        )
-        for one in wanted
-        if one.request.region_id in first
-    ]
