@@ -45,6 +45,8 @@ class Play:
     made: dict[str, Made] = dataclasses.field(default_factory=dict)
     extra: set[str] | None = None
     """Who has the extra region; None while there is none."""
+    had: set[str] = dataclasses.field(default_factory=set)
+    """Who has, or ever had, an extra region in this life."""
     written: bool = False
     """Whether the region of a and b has the word in it that a wrote."""
 
@@ -64,8 +66,18 @@ class Play:
         for name in self.made:
             if name in self.extra:
                 yield f"detach {name}", partial(self.detach, name)
-            else:
+            elif not self._would_join_groups(name):
                 yield f"attach {name}", partial(self.attach, name)
+
+    def _would_join_groups(self, name: str) -> bool:
+        """Whether the guest is tied to other guests than those that have the extra region.
+
+        Two share groups that live cannot be joined: that is refused, and no matter here.  A guest
+        is tied for life, so one that ever had the region is left alone with whoever had it then.
+        """
+        assert self.extra is not None
+        camps = [{"a", "b"}, {"c"}]
+        return any(name not in camp and camp & (self.extra | self.had) for camp in camps)
 
     async def create(self, name: str) -> None:
         config = self.host.finder.files[name]
@@ -91,6 +103,7 @@ class Play:
 
     def _gone(self, name: str) -> None:
         del self.made[name]
+        self.had.discard(name)
         if self.extra is not None:
             self.extra.discard(name)
         if not self.made.keys() & {"a", "b"}:
@@ -113,6 +126,7 @@ class Play:
         await self.lives.apply(AttachRegion(guest=name, request=wanted))
         assert self.extra is not None
         self.extra.add(name)
+        self.had.add(name)
 
     async def detach(self, name: str) -> None:
         await self.lives.apply(DetachRegion(guest=name, region_id=EXTRA))

@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -78,6 +79,8 @@ class Churn:
     def __init__(self, host: World, running: Lives, seed: int) -> None:
         self._host, self._running, self._rng = host, running, random.Random(seed)
         self.done = 0
+        self.lately: deque[str] = deque(maxlen=12)
+        """What was done last, and what happened to the daemon before."""
 
     async def day(self) -> None:
         """Let a day pass, and have everything ended at its end."""
@@ -87,8 +90,9 @@ class Churn:
             await trio.sleep(self._rng.uniform(0, 2 * EVERY_S))
             if trio.current_time() > ends:
                 break
-            await self._disturb()
-            _, operation = self._rng.choice(list(play.operations()))
+            disturbance = await self._disturb()
+            name, operation = self._rng.choice(list(play.operations()))
+            self.lately.append(f"{disturbance}, {name}")
             await operation()
             await trio.sleep(5)
             await play.verify()
@@ -96,7 +100,7 @@ class Churn:
         await play.finish()
         await trio.sleep(CALM_S)
 
-    async def _disturb(self) -> None:
+    async def _disturb(self) -> str:
         kind = self._rng.choice(("nothing", "nothing", "restart", "drop", "reload"))
         daemon = await self._running.settled()
         if kind == "restart":
@@ -106,6 +110,7 @@ class Churn:
             self._host.server.drop()
         elif kind == "reload":
             await daemon.engine.reload()
+        return kind
 
 
 def soak(
@@ -123,7 +128,11 @@ def soak(
             configure(host)
             churn = Churn(host, running, seed)
             for day in range(1, days + 1):
-                await churn.day()
+                try:
+                    await churn.day()
+                except BaseException as error:
+                    error.add_note(f"day {day}: {'; '.join(churn.lately)}")
+                    raise
                 samples.append(_sample(host, running))
                 say(day, samples[-1])
             return churn.done

@@ -20,7 +20,7 @@ from .cases import CASES
 from .host import HOLDER_GFN, ContractHost, FreeMemory, Wrong
 
 QUIET_S = 2.5
-XENS_OWN_PAGES = 4
+XENS_OWN_PAGES = 8
 """What Xen itself may keep for later of a run; a domain that leaks costs some thirty at least."""
 
 
