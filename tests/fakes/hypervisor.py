@@ -369,10 +369,10 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
             done: list[int] = []
             for index in range(nr_frames):
                 gfn = first_gfn + index
-                if domain.hvm:
-                    code = self._add_foreign(domain, gfn, holder, holder_gfn + index)
-                else:
+                if not domain.hvm:
                     code = errno.EACCES  # xatp_permission_check()
+                else:
+                    code = self._add_foreign(domain, gfn, holder, holder_gfn + index)
                 if not code:
                     done.append(gfn)
                     continue
@@ -402,8 +402,6 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
         if source is None or source.foreign:
             return errno.EINVAL
         page = source.page
-        if domain.dying:
-            return errno.ENOMEM
         if gfn in domain.direct and x86:
             self._crash(domain)  # set_typed_p2m_entry(): p2m_is_special
             return errno.EPERM

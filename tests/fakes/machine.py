@@ -308,10 +308,8 @@ class Machine:
         return 0
 
     def _guest_remove_page(self, domain: Domain, gfn: int) -> int:
-        """common/memory.c guest_remove_page(): 0 or an errno."""
-        entry = domain.p2m.get(gfn)
-        if entry is None:
-            return errno.ENOENT
+        """common/memory.c guest_remove_page(), of a frame that is there: 0 or an errno."""
+        entry = domain.p2m[gfn]
         if entry.page.owner is not domain:
             return errno.ENXIO  # get_page(page, d) fails: "Bad page free"
         code = self._remove_entry(domain, gfn)
