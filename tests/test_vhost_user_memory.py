@@ -324,6 +324,7 @@ def test_the_numbers_of_the_ioctls() -> None:
     assert device_maps._MMAPBATCH_V2 == 0x205004
     assert device_maps._RESTRICT == 0x025006
     assert device_maps._MAP_GRANT_REF == 0x184700
+    assert device_maps._UNMAP_GRANT_REF == 0x104701
 
 
 def test_a_window_is_never_left_with_half_of_something() -> None:

@@ -78,9 +78,10 @@ def serve(xen: XenHypervisor, holder: DomId, memory: memoryview, disk: int) -> N
         frontend.give([region], open_device)
         mapped = xen.grants_in_use(holder, FIRST_REF, FRAMES)
         right = ask(frontend, memory, region) == os.pread(disk, 512, 3 * 512) + b"\0"
+        after = xen.grants_in_use(holder, FIRST_REF, FRAMES)
         frontend.give([], lambda _: -1)
         left = xen.grants_in_use(holder, FIRST_REF, FRAMES)
-        print(f"flags {int(region.xen_flags):#x}: {mapped} mapped, right {right}, {left} left")
+        print(f"flags {int(flags):#x}: mapped {mapped}, right {right}, mapped {after}, left {left}")
     channel.close()
     backend.stop()
     thread.join(WAIT_S)

@@ -167,9 +167,9 @@ def test_granted_memory_and_memory_on_demand(host: Host) -> None:
     if the description says so in either of the two ways, each part for as long as it uses it."""
     done = host.dom0.run(["python3", "-m", "tests.vhost_user_ways_on_xen"], cwd="/rig")
     assert done.text.splitlines() == [
-        "flags 0x2: 16 mapped, right True, 0 left",
-        "flags 0x102: 0 mapped, right True, 0 left",
-        "flags 0xa: 0 mapped, right True, 0 left",
-        "flags 0x101: 0 mapped, right True, 0 left",
+        "flags 0x2: mapped 16, right True, mapped 16, left 0",
+        "flags 0x102: mapped 0, right True, mapped 0, left 0",
+        "flags 0xa: mapped 0, right True, mapped 0, left 0",
+        "flags 0x101: mapped 0, right True, mapped 0, left 0",
         "0 in use at the end",
     ]

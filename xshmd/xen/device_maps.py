@@ -41,6 +41,8 @@ _DOMID: Final = struct.Struct("=H")
 _GRANTS: Final = struct.Struct("=IIQ")
 """struct ioctl_gntdev_map_grant_ref up to its array, of which its size counts one element."""
 _GRANT: Final = struct.Struct("=II")
+_UNMAP: Final = struct.Struct("=QII")
+"""struct ioctl_gntdev_unmap_grant_ref."""
 
 
 def _none(kind: str, number: int, size: int) -> int:
@@ -51,6 +53,7 @@ def _none(kind: str, number: int, size: int) -> int:
 _MMAPBATCH_V2: Final = _none("P", 4, ctypes.sizeof(_MapBatch))
 _RESTRICT: Final = _none("P", 6, _DOMID.size)
 _MAP_GRANT_REF: Final = _none("G", 0, _GRANTS.size + _GRANT.size)
+_UNMAP_GRANT_REF: Final = _none("G", 1, _UNMAP.size)
 
 
 def open_restricted(domid: DomId) -> int:
@@ -128,8 +131,12 @@ def map_grants(window: Window, fd: int, domid: DomId, first_reference: int) -> N
         request += _GRANT.pack(domid, reference)
     fcntl.ioctl(fd, _MAP_GRANT_REF, request)
     _, _, index = _GRANTS.unpack_from(request)
-    # The mapping holds the references until it goes, and the descriptor goes with its holder.
-    window.place(fd, index)
+    try:
+        window.place(fd, index)
+    finally:
+        # The descriptor lets go of the references; the mapping has them until it goes
+        # (drivers/xen/gntdev.c, gntdev_put_map()).  Otherwise they would stay mapped with it.
+        fcntl.ioctl(fd, _UNMAP_GRANT_REF, _UNMAP.pack(index, nr_frames, 0))
 
 
 def _check_device(fd: int, path: str) -> None:
