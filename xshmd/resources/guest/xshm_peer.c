@@ -14,11 +14,17 @@
 
 enum { HYPERCALL_memory_op = 12, HYPERCALL_sched_op = 29, HYPERCALL_event_channel_op = 32 };
 
+/* Where they are: after 32 struct vcpu_info on x86, after one on Arm (xen/include/public/xen.h). */
 #if defined(__x86_64__)
+enum { EVTCHN_PENDING = 2048, EVTCHN_MASK = 2560 };
+#else
+enum { EVTCHN_PENDING = 48, EVTCHN_MASK = 560 };
+#endif
 
-#define EVTCHN_PENDING 2048u            /* after 32 struct vcpu_info: xen/include/public/xen.h */
-#define EVTCHN_MASK    2560u
-
+#if defined(XSHM_HYPERCALL)             /* a kernel has one of its own, and says its name */
+long XSHM_HYPERCALL(unsigned long op, unsigned long first, void *second);
+#define hypercall XSHM_HYPERCALL
+#elif defined(__x86_64__)
 static bool is_amd(void)
 {
     uint32_t a = 0, b, c, d;
@@ -43,12 +49,7 @@ static long hypercall(unsigned long op, unsigned long first, void *second)
                           :: "memory", "rdx", "r10", "r8", "r9");
     return result;
 }
-
 #elif defined(__aarch64__)
-
-#define EVTCHN_PENDING 48u              /* after the only struct vcpu_info that is there */
-#define EVTCHN_MASK    560u
-
 static long hypercall(unsigned long op, unsigned long first, void *second)
 {
     register unsigned long x0 __asm__("x0") = first, x1 __asm__("x1") = (uintptr_t)second;
@@ -57,7 +58,6 @@ static long hypercall(unsigned long op, unsigned long first, void *second)
     __asm__ volatile ("hvc #0xea1" : "+r" (x0), "+r" (x1), "+r" (x16) :: "memory", "x2", "x3", "x4");
     return (long)x0;
 }
-
 #else
 #error "Xen's guests with regions are x86_64 and arm64"
 #endif

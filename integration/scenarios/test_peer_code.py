@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The C code that guests may embed, under sanitizers: needs a compiler, and no Xen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from integration.cache import Cache
+from integration.sources import PROJECT
+from integration.toolroot import ToolRoot
+
+FLAGS = """-std=gnu11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined
+    -fno-sanitize-recover=all -DXSHM_HYPERCALL=test_hypercall"""
+ROUNDS = 200_000
+
+
+def test_it_keeps_its_word_and_survives_a_peer_that_lies(tmp_path: Path) -> None:
+    tools = ToolRoot.get(Cache())
+    binds = {PROJECT: "/rig/src", tmp_path: "/rig/out"}
+    offered = "/rig/src/xshmd/resources/guest"
+    check = "/rig/src/integration/guests/peer_check.c"
+    tools.run(
+        ["gcc", *FLAGS.split(), f"-I{offered}", "-o", "/rig/out/check", check,
+         f"{offered}/xshm_peer.c"],
+        binds=binds,
+    )  # fmt: skip
+    said = tools.run(["/rig/out/check", str(ROUNDS)], binds=binds, capture=True, timeout_s=600)
+    messages, survived = said.split("\n")[:2]
+    assert int(re.fullmatch(r"messages (\d+)", messages)[1]) > ROUNDS // 10  # type: ignore[index]
+    assert survived == "survived"
+
+
+def test_it_is_as_short_as_it_promises() -> None:
+    offered = PROJECT / "xshmd/resources/guest"
+    files = [offered / name for name in ("xshm_peer.c", "xshm_peer.h")]
+    assert sum(len(file.read_text().splitlines()) for file in files) < 600
