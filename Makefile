@@ -33,8 +33,9 @@ lint:
 	@set -e; py=$(PY); \
 	$$py -m ruff check .; $$py -m ruff format --check .; $$py -m mypy
 
+TESTS ?= tests
 unit:
-	@set -e; py=$(PY); $$py -m pytest tests
+	@set -e; py=$(PY); $$py -m pytest $(TESTS)
 
 # The same tests on Debian 13's Python and library versions, beside the compiled binding.
 unit-debian:
@@ -92,6 +93,10 @@ crashes:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m crash_tree --seconds $(CRASH_SECONDS) \
 	--first $(CRASH_SHARE)
 
+# The same on real Xen, one operation at a time: killed before each of its effects.
+crash-on-xen:
+	@set -e; py=$(PY); $$py -m integration.crash --arch $(ARCH) --seconds $(CRASH_SECONDS)
+
 # On the model, where a month takes minutes.
 SOAK_DAYS ?= 30
 soak-simulated:
@@ -103,6 +108,15 @@ scale:
 RACE_SECONDS ?= 3600
 races:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m races --seconds $(RACE_SECONDS)
+
+contract:
+	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios/test_contract.py \
+	--arch $(ARCH); tail -n 1 artefacts/$(ARCH)/contract.log
+
+# docs/reliability.md, or those of its rows that are named; BUDGET: seconds of each that takes as long as it may.
+BUDGET ?= 3600
+reliability:
+	@set -e; py=$(PY); $$py -m integration.reliability --budget $(BUDGET) $(ROWS)
 
 differential:
 	@set -e; py=$(PY); XSHMD_TRACES=$(TRACES) $$py -m pytest -p no:cacheprovider \
