@@ -108,7 +108,7 @@ def run(row: Row, budget_s: float) -> tuple[bool, str]:
             stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     found = re.findall(row.says, log.read_text(errors="replace"), re.MULTILINE)
-    result = "; ".join(found) or "nothing was said"
+    result = "; ".join(dict.fromkeys(found)) or "nothing was said"
     if done.returncode:
         result = f"**failed**: {result}"
     return done.returncode == 0, line(row, result, time.monotonic() - began, " ".join(words))
