@@ -157,7 +157,6 @@ def main() -> int:
     parser.add_argument("--operation", action="append", choices=tuple(names))
     options = parser.parse_args()
     chosen = [names[name] for name in options.operation or names]
-    deadline = time.monotonic() + options.seconds
     folder = artefacts(options.arch, "crash")
     with Machine(options.arch, artefacts=folder, time_limit_s=options.seconds + 3600) as machine:
         machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
@@ -166,6 +165,7 @@ def main() -> int:
         host.start_daemon()
         warm_up(host)
         try:
+            deadline = time.monotonic() + options.seconds  # from here on: a boot may take long
             run = Run(host, options.every, deadline)
             for operation in chosen:
                 if time.monotonic() < deadline and run.failed < MAX_FAILURES:
