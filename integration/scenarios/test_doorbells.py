@@ -123,7 +123,8 @@ def test_messages_arrive_whole_and_in_order(host: Host) -> None:
 @pytest.mark.alike
 def test_doorbells_outlive_the_daemon(host: Host) -> None:
     """Rings stop while no daemon runs, and guests that wait for one are rung by the next."""
-    zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=5_000)
+    route = ", doorbell_route=relayed"
+    zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=5_000, route=route)
     for guest in (zero, one):
         host.create(guest)
     host.wait_said(one, "peer id=1 .*")
