@@ -123,7 +123,6 @@ def test_late_join(host: Host) -> None:
     host.destroy(late, owner)
 
 
-@pytest.mark.alike
 @pytest.mark.arch("x86_64")
 def test_late_join_of_a_guest_that_looks_for_it(host: Host) -> None:
     """The guest runs and looks at the address all the while: it sees nothing there, and then the
