@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from integration.cache import Cache
 from integration.sources import PROJECT
 from integration.toolroot import ToolRoot
@@ -13,6 +15,9 @@ from integration.toolroot import ToolRoot
 FLAGS = """-std=gnu11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined
     -fno-sanitize-recover=all -DXSHM_HYPERCALL=test_hypercall"""
 ROUNDS = 200_000
+
+# It has no machine, and is in the part of one all the same, so that it runs once.
+pytestmark = [pytest.mark.alike, pytest.mark.usefixtures("arch")]
 
 
 def test_it_keeps_its_word_and_survives_a_peer_that_lies(tmp_path: Path) -> None:
