@@ -120,7 +120,7 @@ def test_messages_arrive_whole_and_in_order(host: Host) -> None:
     host.destroy(zero, one)
 
 
-@pytest.mark.alike
+@pytest.mark.arch("x86_64")
 def test_doorbells_outlive_the_daemon(host: Host) -> None:
     """Rings stop while no daemon runs, and guests that wait for one are rung by the next."""
     route = ", doorbell_route=relayed"
