@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -120,7 +121,9 @@ def line(row: Row, result: str, seconds: float, command: str) -> str:
 
 
 def commit() -> str:
-    """The commit at hand, with a plus if the tree is another."""
+    """The commit at hand, with a plus if the tree is another; "?" where nothing can say."""
+    if shutil.which("git") is None:
+        return "?"
     words = ["git", "describe", "--always", "--dirty=+"]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "?"

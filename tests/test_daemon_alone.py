@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xshmd.daemon.alone import alone
-from xshmd.errors import Conflict
+from xshmd.errors import Conflict, XenUnavailable
 
 HOLDS_IT = """
 import os, sys, time
@@ -42,4 +42,9 @@ def test_one_that_is_killed_makes_room(tmp_path: Path) -> None:
             pass
         first.kill()
     with alone(tmp_path):
+        pass
+
+
+def test_without_xens_tools_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(XenUnavailable, match="cannot open .*nowhere"), alone(tmp_path / "nowhere"):
         pass

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from xshmd.errors import Conflict
+from xshmd.errors import Conflict, XenUnavailable
 
 LOCKED: Final = Path("/var/lib/xen")
 """libxl's directory, of which every machine has one.  libxl itself locks only files in it."""
@@ -25,9 +25,15 @@ def alone(directory: Path = LOCKED) -> Iterator[None]:
 
     Raises:
         Conflict: another one runs.
-        OSError: the directory is not there.
+        XenUnavailable: the directory is not there, or not for us.
     """
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise XenUnavailable(
+            f"cannot open {directory}: {error.strerror}",
+            hint="be root in a control domain with Xen's tools installed",
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,8 @@ class WallClock:
 async def run(settings: Settings) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
     notifier = Notifier()
-    with alone(), XenHypervisor() as xen, contextlib.ExitStack() as stack:
+    # Who is not root, or where there is no Xen, is told that first; opening it does nothing yet.
+    with XenHypervisor() as xen, alone(), contextlib.ExitStack() as stack:
         host = xen.host_info()
         log.info("starting", version=__version__, xen=host.xen_text, arch=host.arch.value)
         async with open_store() as store:
