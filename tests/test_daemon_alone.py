@@ -46,5 +46,5 @@ def test_one_that_is_killed_makes_room(tmp_path: Path) -> None:
 
 
 def test_without_xens_tools_it_is_said(tmp_path: Path) -> None:
-    with pytest.raises(XenUnavailable, match="cannot open .*nowhere"), alone(tmp_path / "nowhere"):
+    with pytest.raises(XenUnavailable, match=r"cannot open .*nowhere"), alone(tmp_path / "nowhere"):
         pass
