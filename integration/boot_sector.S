@@ -29,10 +29,14 @@ _start:
     int     $0x13
     jc      wrong
     movb    $0x10, %al
-    outb    %al, $0xf4
+    jmp     leave
 wrong:
     movb    $0x11, %al
+leave:
     outb    %al, $0xf4
+    cli
+stay:                               /* QEMU leaves when it gets to it, with the last it was told */
     hlt
+    jmp     stay
     .org    510
     .word   0xaa55
