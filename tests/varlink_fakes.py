@@ -260,21 +260,21 @@ class FakeRegions(RegionsApi):
 
 
 class NoCopier(PartCopier):
-    """Copies nothing: for tests in which nothing is to be copied."""
+    """For tests in which nothing is to be copied: it is a failure if anything is."""
 
     async def copy_parts(
         self, region_id: str, source: Part, target: Part, *, count_at: Part | None = None
     ) -> int:
-        raise NotImplementedError
+        raise AssertionError(f"bytes of region {region_id} are copied from {source} to {target}")
 
     async def read_part(self, region_id: str, part: Part) -> bytes:
-        raise NotImplementedError
+        raise AssertionError(f"{part} of region {region_id} is read")
 
     async def write_part(self, region_id: str, part: Part, data: bytes) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{part} of region {region_id} is written")
 
     async def wake_part(self, region_id: str, part: Part) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{part} of region {region_id} is woken")
 
 
 def limits() -> Limits:

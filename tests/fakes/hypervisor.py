@@ -321,27 +321,6 @@ class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
         with self._call("flush", domid, first_gfn, nr_frames):
             self._domain(domid, "xc_domain_cacheflush")
 
-    def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
-        call = "xenforeignmemory_map"
-        domain = self._domain(domid, call)
-        found = []
-        for gfn in range(first_gfn, first_gfn + nr_frames):
-            page = self._page_for_dom0(domain, gfn)
-            if page is None:
-                raise failure(call, domid, errno.EINVAL, first_gfn=first_gfn)
-            found.append(page)
-        return found
-
-    def _page_for_dom0(self, domain: Domain, gfn: int) -> Page | None:
-        entry = domain.p2m.get(gfn)
-        if entry is None:
-            return None
-        # arch/arm/mm.c xenmem_add_to_physmap_one(): p2m_is_ram() only.  A PV dom0 on x86 may,
-        # since get_page_from_l1e() asks xsm_priv_mapping(guest, holder): the target again.
-        if entry.foreign and (self.arch is Arch.ARM64 or domain.target is not entry.page.owner):
-            return None
-        return entry.page
-
     def populated_frames(self, domid: DomId, gfns: Sequence[Gfn]) -> tuple[Gfn, ...]:
         with self._call("populated_frames", domid, len(gfns)):
             domain = self.by_domid.get(domid)

@@ -12,7 +12,7 @@ from typing import Final
 
 from fakes.objects import Domain, ModelViolation, Page
 from xshmd.model import Arch, HostRange
-from xshmd.units import DOMID_FIRST_RESERVED, PAGE_SIZE, SUPERPAGE_ORDER, DomId, Mfn, bytes_of
+from xshmd.units import DOMID_FIRST_RESERVED, PAGE_SIZE, SUPERPAGE_ORDER, DomId, Gfn, Mfn, bytes_of
 from xshmd.xen.errno_table import failure
 
 ZERO_UUID: Final = "00000000-0000-0000-0000-000000000000"
@@ -316,6 +316,27 @@ class Machine:
         if not code:
             self._give_up(entry.page)
         return code
+
+    def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
+        call = "xenforeignmemory_map"
+        domain = self._domain(domid, call)
+        found = []
+        for gfn in range(first_gfn, first_gfn + nr_frames):
+            page = self._page_for_dom0(domain, gfn)
+            if page is None:
+                raise failure(call, domid, errno.EINVAL, first_gfn=first_gfn)
+            found.append(page)
+        return found
+
+    def _page_for_dom0(self, domain: Domain, gfn: int) -> Page | None:
+        entry = domain.p2m.get(gfn)
+        if entry is None:
+            return None
+        # arch/arm/mm.c xenmem_add_to_physmap_one(): p2m_is_ram() only.  A PV dom0 on x86 may,
+        # since get_page_from_l1e() asks xsm_priv_mapping(guest, holder): the target again.
+        if entry.foreign and (self.arch is Arch.ARM64 or domain.target is not entry.page.owner):
+            return None
+        return entry.page
 
     def _complete_if_unused(self, domain: Domain) -> None:
         """common/domain.c domain_destroy(), complete_domain_destroy(): the last reference."""

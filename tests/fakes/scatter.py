@@ -14,9 +14,6 @@ from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
 class SimulatedCopies(Machine):
     """What :meth:`xshmd.ports.Hypervisor.copy_ranges` does to the machine's pages."""
 
-    def _mappable(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> list[Page]:
-        raise NotImplementedError
-
     def copy_ranges(
         self,
         domid: DomId,
