@@ -11,10 +11,13 @@ from pathlib import Path
 from integration.arch import Arch
 from integration.cache import Cache, Entry, Recipe
 from integration.debian import SUITE, unpack_debian
-from integration.sources import read_sources
+from integration.sources import PROJECT, Sources, read_sources
 from integration.toolroot import ToolRoot
 
 SCRIPT = "cffi_build.py"
+C_FOLDER = "xshmd/xen/c"
+"""What the script reads."""
+
 SYSROOT_PACKAGES = ("libc6-dev", "libpython3-dev", "libxen-dev")
 
 
@@ -38,9 +41,14 @@ def get_sysroot(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Entr
     return (cache or Cache()).get(recipe, build)
 
 
+def build_sources(tree: Path = PROJECT) -> Sources:
+    """All of xshmd that its compiled modules are made of."""
+    return read_sources(SCRIPT, C_FOLDER, tree=tree)
+
+
 def get_extensions(arch: Arch, tools: ToolRoot, cache: Cache) -> Entry | None:
     """xshmd's compiled modules for `arch`, laid out as in the package."""
-    sources = read_sources(SCRIPT)
+    sources = build_sources()
     if not sources.files:
         return None
     sysroot = get_sysroot(arch, tools, cache)
@@ -52,11 +60,11 @@ def get_extensions(arch: Arch, tools: ToolRoot, cache: Cache) -> Entry | None:
     )
 
     def build(content: Path, log: Path) -> None:
-        sources.write_to(content)
+        sources.write_to(content / "src")  # not among the modules, which are installed as they are
         emitted = tools.run(
             ["python3", SCRIPT, "emit", "/rig/out/c"],
             binds={content: "/rig/out"},
-            cwd="/rig/out",
+            cwd="/rig/out/src",
             env={"PYTHONDONTWRITEBYTECODE": "1"},
             log=log,
             capture=True,

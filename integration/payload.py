@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from integration.arch import Arch
 from integration.cache import Cache, Recipe
-from integration.extensions import get_extensions
+from integration.extensions import C_FOLDER, get_extensions
 from integration.guests import get_guests
 from integration.images import Image
 from integration.sources import File, Sources, read_sources, write
@@ -123,7 +123,8 @@ def get_payload(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Path
 def _ours(sources: Sources) -> Iterator[tuple[PurePosixPath, File]]:
     """The clone's own files, and where each goes."""
     for name, file in sources.below("xshmd"):
-        yield PACKAGES / "xshmd" / name, file
+        if not ("xshmd" / name).is_relative_to(C_FOLDER):  # as in a wheel
+            yield PACKAGES / "xshmd" / name, file
     for name, file in sources.below("systemd"):
         if name.suffix in _UNIT_SUFFIXES:
             yield UNITS / name.name, file

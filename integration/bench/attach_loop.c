@@ -2,7 +2,7 @@
 /*
  * The attach benchmark's other side: what xshmd asks of Xen, asked from C with nothing around it.
  *
- * The same hypercalls as xshmd/xen (see cffi_build.py): XENMEM_add_to_physmap_batch of 16384 entries
+ * The same hypercalls as xshmd/xen (c/stable.c): XENMEM_add_to_physmap_batch of 16384 entries
  * in rising order of frames, XENMEM_remove_from_physmap by multicalls of 512; buffers of libxencall,
  * so nothing is bounced; error slots poisoned before and every one looked at after.
  *

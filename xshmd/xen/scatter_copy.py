@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Copies lists of bytes within a domain: one map of each list's frames, one call into C for both.
 
-The C code (``cffi_build.py``) checks every range again, and runs without Python's global lock.
+The C code (``c/stable.c``) checks every range again, and runs without Python's global lock.
 """
 
 from __future__ import annotations
