@@ -22,8 +22,8 @@ from integration.toolroot import ToolRoot
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 COPIED: Final = (
-    "xshmd", "tests", "integration", "docs", "systemd", "pyproject.toml", "cffi_build.py",
-    "README.md", "CONTRIBUTING.md", "Makefile",
+    "xshmd", "tests", "integration", "docs", "systemd", "pyproject.toml", "setup.py",
+    "cffi_build.py", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "Makefile",
 )  # fmt: skip
 LIMIT_S: Final = 1200
 

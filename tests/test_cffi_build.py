@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the compiled modules are made of: all of it is in the cache key."""
+"""What the compiled modules are made of: all of it is in the cache key and in the sdist."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from integration.toolroot import ToolRoot
 
 SOURCES = [str(file.name) for file in build_sources().files]
 MODULES = ("stable", "xenctrl", "evtchn")
+SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
 
 
 class EmptyCache(Cache):
@@ -83,6 +85,24 @@ def test_the_cache_key_has_all_that_is_read(
 @pytest.mark.parametrize("module", MODULES)
 def test_the_c_gets_into_the_module_as_it_is(emitted: dict[str, str], module: str) -> None:
     assert (PROJECT / C_FOLDER / f"{module}.c").read_text() in emitted[f"_{module}.c"]
+
+
+def test_the_modules_can_be_built_from_an_sdist(tmp_path: Path, emitted: dict[str, str]) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT / "xshmd", project / "xshmd")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", SCRIPT):
+        shutil.copy(PROJECT / name, project)
+    done = subprocess.run(
+        [sys.executable, "-c", SDIST, tmp_path],
+        cwd=project, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    (archive,) = tmp_path.glob("*.tar.gz")
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    subprocess.run(["tar", "xf", archive, "-C", unpacked, "--strip-components=1"], check=True)
+    assert key(unpacked) == key(PROJECT)
+    assert emit(unpacked, tmp_path / "c") == emitted
 
 
 def test_dom0_has_the_modules_but_not_their_c() -> None:
