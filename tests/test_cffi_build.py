@@ -90,6 +90,7 @@ def test_the_c_gets_into_the_module_as_it_is(emitted: dict[str, str], module: st
 def test_the_modules_can_be_built_from_an_sdist(tmp_path: Path, emitted: dict[str, str]) -> None:
     project = tmp_path / "project"
     shutil.copytree(PROJECT / "xshmd", project / "xshmd")
+    shutil.copytree(PROJECT / "systemd", project / "systemd")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", SCRIPT):
         shutil.copy(PROJECT / name, project)
     done = subprocess.run(
@@ -102,6 +103,8 @@ def test_the_modules_can_be_built_from_an_sdist(tmp_path: Path, emitted: dict[st
     unpacked.mkdir()
     subprocess.run(["tar", "xf", archive, "-C", unpacked, "--strip-components=1"], check=True)
     assert key(unpacked) == key(PROJECT)
+    units = sorted(unit.name for unit in (PROJECT / "systemd").iterdir())
+    assert sorted(unit.name for unit in (unpacked / "systemd").iterdir()) == units
     assert emit(unpacked, tmp_path / "c") == emitted
 
 
