@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar, cast
 
+from xshmd.api import PartCopier, RegionsApi
 from xshmd.engine.copies import Copies
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import XshmError
 from xshmd.model import Guest, GuestState, Holder, Prot, Region, RegionRequest, Role, Snapshot
-from xshmd.ports import Hypervisor, PartCopier, RegionsApi
+from xshmd.ports import Hypervisor
 from xshmd.ranges import ByteRange, Part
 from xshmd.share.lists import Direction
 from xshmd.share.mediator import Mediator

@@ -15,6 +15,7 @@ import trio.testing
 from structlog.testing import capture_logs
 from varlink_fakes import OWNER, FakeRegions, request
 
+from xshmd.api import RegionsApi
 from xshmd.daemon import audit
 from xshmd.engine.events import EventHub
 from xshmd.errors import Refused, combined
@@ -33,7 +34,6 @@ from xshmd.model import (
     RemoveRegion,
     Step,
 )
-from xshmd.ports import RegionsApi
 
 CATALOG = Path(audit.__file__).parent.parent / "resources" / "xshmd.catalog"
 

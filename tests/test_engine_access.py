@@ -8,8 +8,8 @@ import structlog.testing
 from fakes.world import world
 from trio.testing import MockClock
 
+from xshmd.api import MAX_ACCESS_BYTES
 from xshmd.errors import NoSuchRegion, UsageError, XshmError
-from xshmd.ports import MAX_ACCESS_BYTES
 from xshmd.units import PAGE_SIZE, bytes_of
 
 SIZE = bytes_of(40)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from xshmd.api import HeldLease, PartCopier, RegionsApi
 from xshmd.daemon import service
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.errors import XshmError
@@ -33,7 +34,6 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
-from xshmd.ports import HeldLease, PartCopier, RegionsApi
 from xshmd.ranges import Part
 from xshmd.units import DomId, Gfn
 from xshmd.varlink.admission import Limits

@@ -55,7 +55,7 @@ REGION_GFN = {Arch.X86_64: 0x1000000, Arch.ARM64: 0x3A000}
 
 
 class Wall:
-    """:class:`xshmd.ports.Clock` that goes with trio's."""
+    """:class:`xshmd.dom0_ports.Clock` that goes with trio's."""
 
     def __init__(self) -> None:
         self.set_forward_s = 0.0
@@ -69,7 +69,7 @@ class Wall:
 
 
 class FakeProcesses:
-    """:class:`xshmd.ports.Processes` over a dictionary: when each that lives began."""
+    """:class:`xshmd.dom0_ports.Processes` over a dictionary: when each that lives began."""
 
     def __init__(self) -> None:
         self.living: dict[int, int] = {}
@@ -79,7 +79,7 @@ class FakeProcesses:
 
 
 class FakeFinder:
-    """:class:`xshmd.ports.ConfigFinder` over a dictionary."""
+    """:class:`xshmd.dom0_ports.ConfigFinder` over a dictionary."""
 
     def __init__(self) -> None:
         self.files: dict[str, GuestConfig | XshmError] = {}

@@ -33,7 +33,7 @@ from xshmd.policy.placement import placed
 
 
 class Finder:
-    """Finds configurations; implements :class:`xshmd.ports.ConfigFinder`.
+    """Finds configurations; implements :class:`xshmd.dom0_ports.ConfigFinder`.
 
     Args:
         arch: What xl's default guest type depends on, and where regions are put that say nothing;

@@ -55,7 +55,7 @@ class Settings:
 
 
 class WallClock:
-    """The real :class:`~xshmd.ports.Clock`."""
+    """The real :class:`~xshmd.dom0_ports.Clock`."""
 
     def now(self) -> float:
         return time.time()

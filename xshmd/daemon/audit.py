@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import structlog
 import trio
 
+from xshmd.api import HeldLease, RegionsApi
 from xshmd.errors import XshmError, rules_of
 from xshmd.model import (
     AddRegion,
@@ -33,7 +34,6 @@ from xshmd.model import (
     Snapshot,
     Step,
 )
-from xshmd.ports import HeldLease, RegionsApi
 from xshmd.units import address_of, bytes_of
 
 log = structlog.get_logger()
@@ -134,7 +134,7 @@ def _record_the_rest(events: trio.MemoryReceiveChannel[Event]) -> None:
 
 
 class AuditedRegions(RegionsApi):
-    """A :class:`~xshmd.ports.RegionsApi` that writes down what clients ask to be changed.
+    """A :class:`~xshmd.api.RegionsApi` that writes down what clients ask to be changed.
 
     Which client it is (uid and pid) is in the context of the task that serves it, from where every
     log line has it.

@@ -19,8 +19,8 @@ import structlog
 import trio
 
 from xshmd import __version__
+from xshmd.api import RegionsApi
 from xshmd.model import GuestState, HostInfo, Snapshot
-from xshmd.ports import RegionsApi
 
 log = structlog.get_logger()
 

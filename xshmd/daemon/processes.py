@@ -13,7 +13,7 @@ _STARTTIME: Final = 19
 
 
 class ProcProcesses:
-    """The real :class:`~xshmd.ports.Processes`.
+    """The real :class:`~xshmd.dom0_ports.Processes`.
 
     Args:
         proc: The proc file system.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interface ``io.xshmd.Regions`` as a thin skin over :class:`xshmd.ports.RegionsApi`.
+"""The interface ``io.xshmd.Regions`` as a thin skin over :class:`xshmd.api.RegionsApi`.
 
 It turns records into replies and calls into records.  Nothing is decided here.
 """
@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import trio
 
 from xshmd import __version__
+from xshmd.api import RegionsApi
 from xshmd.config.guest import guest_config
 from xshmd.daemon.processes import ProcProcesses
 from xshmd.daemon.replies import host_fields, status_fields
@@ -32,7 +33,6 @@ from xshmd.model import (
     Prot,
     RemoveRegion,
 )
-from xshmd.ports import RegionsApi
 from xshmd.units import human_size
 from xshmd.varlink import caller, idl, records, wire
 from xshmd.varlink.dispatch import (

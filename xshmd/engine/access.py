@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import structlog
 
+from xshmd.api import MAX_ACCESS_BYTES
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
 from xshmd.model import Backing, Holder, Piece, Region
-from xshmd.ports import MAX_ACCESS_BYTES, Hypervisor, Keeper
+from xshmd.ports import Hypervisor, Keeper
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
 
 log = structlog.get_logger()
@@ -40,7 +41,7 @@ class Access:
         """Where the last write ended: region and byte."""
 
     async def read(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
-        """Do as :meth:`xshmd.ports.RegionsApi.read_region`."""
+        """Do as :meth:`xshmd.api.RegionsApi.read_region`."""
         spans = self._find(region_id, offset_bytes, nr_bytes)
         if (region := self._sealed(region_id)) is not None:
             if not region.kept:
@@ -51,7 +52,7 @@ class Access:
     async def write(
         self, region_id: str, offset_bytes: int, data: bytes, *, dry_run: bool = False
     ) -> None:
-        """Do as :meth:`xshmd.ports.RegionsApi.write_region`, and leave a line in the log."""
+        """Do as :meth:`xshmd.api.RegionsApi.write_region`, and leave a line in the log."""
         spans = self._find(region_id, offset_bytes, len(data))
         if dry_run:
             return

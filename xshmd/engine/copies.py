@@ -23,7 +23,7 @@ WORD_BYTES: Final = 8
 
 
 class Copies:
-    """Implements :class:`xshmd.ports.PartCopier`.  Used by the reconciler alone."""
+    """Implements :class:`xshmd.api.PartCopier`.  Used by the reconciler alone."""
 
     def __init__(
         self, *, xen: Hypervisor, worker: XenWorker, ledger: Ledger, holders: Holders
@@ -31,7 +31,7 @@ class Copies:
         self._xen, self._worker, self._ledger, self._holders = xen, worker, ledger, holders
 
     async def copy(self, region_id: str, source: Part, target: Part, count_at: Part | None) -> int:
-        """Do as :meth:`xshmd.ports.PartCopier.copy_parts`."""
+        """Do as :meth:`xshmd.api.PartCopier.copy_parts`."""
         region, holder = reachable(self._ledger, self._holders, region_id)
         from_ranges = self._ranges(region, source, writes=False)
         to_ranges = self._ranges(region, target, writes=True)
@@ -52,13 +52,13 @@ class Copies:
         )
 
     async def read(self, region_id: str, part: Part) -> bytes:
-        """Do as :meth:`xshmd.ports.PartCopier.read_part`."""
+        """Do as :meth:`xshmd.api.PartCopier.read_part`."""
         region, holder = reachable(self._ledger, self._holders, region_id)
         (wanted,) = self._ranges(region, part, writes=False)
         return await self._worker.run(self._in_page, holder.domid, region, wanted, None)
 
     async def write(self, region_id: str, part: Part, data: bytes) -> None:
-        """Do as :meth:`xshmd.ports.PartCopier.write_part`."""
+        """Do as :meth:`xshmd.api.PartCopier.write_part`."""
         region, holder = reachable(self._ledger, self._holders, region_id)
         (wanted,) = self._ranges(region, part, writes=True)
         await self._worker.run(self._in_page, holder.domid, region, wanted, data)

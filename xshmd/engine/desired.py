@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import trio
 
+from xshmd.dom0_ports import ConfigFinder
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import XshmError
 from xshmd.model import (
@@ -27,7 +28,7 @@ from xshmd.model import (
 from xshmd.policy.changes import ChangePlan, LiveDomain, plan_changes
 from xshmd.policy.desired import differences
 from xshmd.policy.identity import is_holder_uuid
-from xshmd.ports import ConfigFinder, Hypervisor, Store
+from xshmd.ports import Hypervisor, Store
 from xshmd.units import DOMID_0
 
 

@@ -8,6 +8,7 @@ from typing import Final
 
 import structlog
 
+from xshmd.dom0_ports import Clock
 from xshmd.engine.changes import Changes
 from xshmd.engine.events import EventHub
 from xshmd.engine.gate import Gate
@@ -31,7 +32,7 @@ from xshmd.model import (
     Region,
     Role,
 )
-from xshmd.ports import Clock, Store
+from xshmd.ports import Store
 
 log = structlog.get_logger()
 

@@ -20,6 +20,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.dom0_ports import ConfigFinder, Processes
 from xshmd.engine.access import reachable
 from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
@@ -28,7 +29,6 @@ from xshmd.errors import Conflict, Refused, XshmError
 from xshmd.model import EventKind, Lease, Process, Prot, Region
 from xshmd.policy.quota_rules import check_lease
 from xshmd.policy.refusals import keeps_it_mapped
-from xshmd.ports import ConfigFinder, Processes
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ LET_GO_S: Final = 5.0
 
 
 class LiveLease:
-    """A lease whose process is connected.  See :class:`xshmd.ports.HeldLease`."""
+    """A lease whose process is connected.  See :class:`xshmd.api.HeldLease`."""
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.dom0_ports import Clock, ConfigFinder
 from xshmd.engine import identity, records
 from xshmd.engine.attach import attach, check, mappings
 from xshmd.engine.discovery import reserve_in_memory_map
@@ -30,7 +31,7 @@ from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.model import Guest, GuestConfig, GuestState
 from xshmd.policy.plan import GuestPlan, plan_guest
-from xshmd.ports import Clock, ConfigFinder, Hypervisor, Store
+from xshmd.ports import Hypervisor, Store
 from xshmd.units import DomId, human_size
 
 log = structlog.get_logger()

@@ -17,6 +17,8 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
+from xshmd.api import HeldLease
+from xshmd.dom0_ports import Clock, ConfigFinder, Processes
 from xshmd.engine import identity
 from xshmd.engine.access import Access
 from xshmd.engine.changes import Changes
@@ -70,17 +72,7 @@ from xshmd.model import (
     Step,
 )
 from xshmd.policy.changes import ChangePlan
-from xshmd.ports import (
-    Clock,
-    ConfigFinder,
-    CreationLock,
-    EventChannels,
-    HeldLease,
-    Hypervisor,
-    Keeper,
-    Processes,
-    Store,
-)
+from xshmd.ports import CreationLock, EventChannels, Hypervisor, Keeper, Store
 from xshmd.ranges import Part
 from xshmd.units import DomId
 
@@ -102,7 +94,7 @@ LEFTOVERS_S: Final = (3.0, 15.0)
 
 
 class Reconciler:
-    """The engine.  Implements :class:`~xshmd.ports.RegionsApi` and ``PartCopier``."""
+    """The engine.  Implements :class:`~xshmd.api.RegionsApi` and ``PartCopier``."""
 
     def __init__(
         self,

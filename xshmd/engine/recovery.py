@@ -12,6 +12,7 @@ import dataclasses
 
 import structlog
 
+from xshmd.dom0_ports import Clock
 from xshmd.engine import identity
 from xshmd.engine.changes import Changes
 from xshmd.engine.gate import Gate
@@ -24,7 +25,7 @@ from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone
 from xshmd.model import DomainInfo, Guest, GuestState
 from xshmd.policy.identity import is_holder_uuid
-from xshmd.ports import Clock, Hypervisor
+from xshmd.ports import Hypervisor
 
 log = structlog.get_logger()
 

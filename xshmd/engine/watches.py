@@ -54,7 +54,7 @@ class Watches:
     async def watch(
         self, ask: Ask[None], region_id: str, address: int, counter: int | None
     ) -> AsyncIterator[trio.MemoryReceiveChannel[None]]:
-        """Do as :meth:`xshmd.ports.RegionsApi.watch`.
+        """Do as :meth:`xshmd.api.RegionsApi.watch`.
 
         Args:
             ask: Has the reconciler's loop do something.
@@ -114,7 +114,7 @@ class Watches:
             page.write(watch_at(DOM0, slot), data)
 
     def trigger(self, region_id: str, address: int) -> int:
-        """Do as :meth:`xshmd.ports.RegionsApi.trigger`."""
+        """Do as :meth:`xshmd.api.RegionsApi.trigger`."""
         region = self._find(region_id)
         _check_byte(region, address)
         with self._frame(region, region.nr_frames - 1, writable=False) as page:

@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.api import PartCopier
 from xshmd.errors import (
     Conflict,
     NoSuchGuest,
@@ -23,7 +24,6 @@ from xshmd.errors import (
     UsageError,
     XshmError,
 )
-from xshmd.ports import PartCopier
 from xshmd.ranges import ByteRange, Part, nr_bytes_of
 from xshmd.share import request_page
 from xshmd.share.lists import Direction

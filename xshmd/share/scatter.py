@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.api import PartCopier, RegionsApi
 from xshmd.errors import (
     ListCancelled,
     NoSuchGuest,
@@ -24,7 +25,6 @@ from xshmd.errors import (
     XshmError,
 )
 from xshmd.model import Backing, Event, EventKind, Guest, GuestState, Prot, Region, RegionRequest
-from xshmd.ports import PartCopier, RegionsApi
 from xshmd.ranges import ByteRange, Part, check_list
 from xshmd.share.lists import Direction, Lists, Outcome, PostedList
 from xshmd.units import bytes_of
