@@ -16,7 +16,7 @@ import faults
 from test_engine_faults import a_reboot, a_start, changes, creations
 
 import xshmd.engine
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.ports import Hypervisor, Store, StoreTransaction
 
 ENGINE = Path(xshmd.engine.__file__).parent

@@ -16,7 +16,7 @@ from determinism import Steps, run
 from fakes.world import World, world
 
 from xshmd.errors import XshmError
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 DAEMON = "Daemon.run"
 

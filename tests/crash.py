@@ -20,8 +20,10 @@ from fakes import hypervisor, keeper
 from fakes.world import Daemon, Life, World, world
 from trio.testing import MockClock
 
+from xshmd.changes import Change
 from xshmd.errors import Conflict, NoSuchRegion, StoreLost, XshmError
-from xshmd.model import Arch, Change, Guest
+from xshmd.machine import Arch
+from xshmd.model import Guest
 from xshmd.ports import CreationLock, HeldLock, Hypervisor, Keeper, Store
 from xshmd.units import DomId
 

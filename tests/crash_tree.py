@@ -30,7 +30,7 @@ from forks import Branches, Tally
 from operations import Play, configure
 from trio.testing import MockClock
 
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 LENGTH: Final = 3
 IDLE_S: Final = 3.0

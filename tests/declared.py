@@ -5,6 +5,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
+from xshmd.declarations import Declarations
 from xshmd.model import (
     MAX_DOORBELLS,
     NOWHERE,
@@ -13,7 +14,6 @@ from xshmd.model import (
     WHOLE_REGION,
     Backing,
     CachePolicy,
-    Declarations,
     DoorbellRoute,
     GuestConfig,
     GuestType,

@@ -21,7 +21,7 @@ from fakes.world import Daemon, Life, World, world
 from trio.testing import MockClock
 
 from xshmd.errors import StoreError, StoreLost, StoreTimedOut, XshmError
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.ports import Hypervisor, Keeper, Store
 from xshmd.xen.errno_table import failure
 

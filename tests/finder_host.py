@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from xshmd.config.finder import Finder
-from xshmd.model import Arch, GuestConfig
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 OTHER_UUID = "f" * 8 + UUID[8:]

@@ -6,15 +6,8 @@ from __future__ import annotations
 from fakes.toolstack import Made
 from fakes.world import Daemon, World
 
-from xshmd.model import (
-    AddRegion,
-    AttachRegion,
-    DetachRegion,
-    RegionConfig,
-    RegionRequest,
-    RegionTerms,
-    RemoveRegion,
-)
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
+from xshmd.model import RegionConfig, RegionRequest, RegionTerms
 
 
 def add(region_id: str, frames: int = 3, **terms: object) -> AddRegion:

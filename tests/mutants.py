@@ -26,7 +26,7 @@ from contract.cases import CASES
 from contract.host import ContractHost
 from fakes import hypervisor
 
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 MUTANT_LIMIT_S: Final = 60.0
 """Of processor time: one that goes on for ever is caught, a busy machine catches nothing."""

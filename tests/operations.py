@@ -13,7 +13,8 @@ from fakes.toolstack import Made
 from fakes.world import World
 from granted import entries_of, lent, mapped, owned
 
-from xshmd.model import AddRegion, AttachRegion, DetachRegion, RegionConfig, RemoveRegion
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
+from xshmd.model import RegionConfig
 
 WORD: Final = b"from a"
 EXTRA: Final = "n"

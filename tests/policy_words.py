@@ -4,15 +4,8 @@
 from typing import Any
 
 from xshmd.errors import XshmError
-from xshmd.model import (
-    Arch,
-    GuestConfig,
-    GuestType,
-    HostInfo,
-    Place,
-    RegionRequest,
-    Role,
-)
+from xshmd.machine import Arch, HostInfo
+from xshmd.model import GuestConfig, GuestType, Place, RegionRequest, Role
 from xshmd.units import gfn_of
 
 X86_FREE, ARM_FREE = 0x1000000000, 0x3A000000

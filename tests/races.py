@@ -27,8 +27,10 @@ from forks import Branches, Tally
 from operations import EXTRA, Play, configure
 from trio.testing import MockClock
 
+from xshmd.changes import RemoveRegion
 from xshmd.errors import XshmError
-from xshmd.model import SHUTDOWN_CRASH, SHUTDOWN_REBOOT, Arch, GuestConfig, RemoveRegion
+from xshmd.machine import SHUTDOWN_CRASH, SHUTDOWN_REBOOT, Arch
+from xshmd.model import GuestConfig
 from xshmd.policy.identity import is_holder_uuid
 
 OVER_S: Final = 90.0

@@ -22,7 +22,9 @@ from flat import exponent
 from trio.testing import MockClock
 
 import xshmd
-from xshmd.model import AddRegion, Arch, GuestConfig, RegionConfig, RegionRequest
+from xshmd.changes import AddRegion
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, RegionConfig, RegionRequest
 from xshmd.ports import Store
 
 OURS = str(Path(xshmd.__file__).parent)

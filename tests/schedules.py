@@ -24,6 +24,7 @@ from determinism import Steps, run
 from fakes.toolstack import Made, XlFailed
 from fakes.world import World, world
 
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import (
     ConfigError,
@@ -34,16 +35,8 @@ from xshmd.errors import (
     StoreLost,
     XshmError,
 )
-from xshmd.model import (
-    SHUTDOWN_CRASH,
-    AddRegion,
-    Arch,
-    AttachRegion,
-    Change,
-    DetachRegion,
-    RegionConfig,
-    RemoveRegion,
-)
+from xshmd.machine import SHUTDOWN_CRASH, Arch
+from xshmd.model import RegionConfig
 
 TASKS = "Daemon.run"
 LONGEST_PAUSE_S = 3.0

@@ -25,7 +25,7 @@ from flat import slope
 from operations import Play, configure
 from trio.testing import MockClock
 
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 DAY_S = 86400.0
 EVERY_S = 1200.0

@@ -16,24 +16,12 @@ from structlog.testing import capture_logs
 from varlink_fakes import OWNER, FakeRegions, request
 
 from xshmd.api import RegionsApi
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion, Step
 from xshmd.daemon import audit
 from xshmd.engine.events import EventHub
 from xshmd.errors import Refused, combined
-from xshmd.model import (
-    AddRegion,
-    AttachRegion,
-    Change,
-    DetachRegion,
-    Event,
-    EventKind,
-    GuestConfig,
-    Lease,
-    Process,
-    Prot,
-    RegionConfig,
-    RemoveRegion,
-    Step,
-)
+from xshmd.events import Event, EventKind
+from xshmd.model import GuestConfig, Lease, Process, Prot, RegionConfig
 
 CATALOG = Path(audit.__file__).parent.parent / "resources" / "xshmd.catalog"
 

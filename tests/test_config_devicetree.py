@@ -10,18 +10,10 @@ from dts_trees import DATA, compiled, domain, shm, tree
 
 from xshmd.config.devicetree import DOM0, read_devicetree
 from xshmd.config.findings import errors_of
+from xshmd.declarations import Declarations, EventChannel
 from xshmd.errors import ConfigError, ConfigUnreadable, XshmError
-from xshmd.model import (
-    USUAL_TERMS,
-    Arch,
-    Backing,
-    Declarations,
-    EventChannel,
-    GuestConfig,
-    RegionConfig,
-    RegionTerms,
-    Role,
-)
+from xshmd.machine import Arch
+from xshmd.model import USUAL_TERMS, Backing, GuestConfig, RegionConfig, RegionTerms, Role
 from xshmd.policy.rules import check_config
 
 

@@ -16,16 +16,9 @@ from xshmd.config.finder import Finder
 from xshmd.config.forms import Form, read_file, render
 from xshmd.config.toml import read_toml
 from xshmd.ctl.__main__ import main
-from xshmd.model import (
-    Arch,
-    Backing,
-    Declarations,
-    GuestConfig,
-    RegionConfig,
-    RegionRequest,
-    RegionTerms,
-    Role,
-)
+from xshmd.declarations import Declarations
+from xshmd.machine import Arch
+from xshmd.model import Backing, GuestConfig, RegionConfig, RegionRequest, RegionTerms, Role
 from xshmd.units import Gfn
 
 TREE = """\

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from xshmd.config.devicetree import read_devicetree
 from xshmd.config.findings import errors_of
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, ConfigUnreadable
-from xshmd.model import Declarations
 
 SECONDS = 20
 """What any answer may take on a slow machine; they take a few at most on a usual one."""

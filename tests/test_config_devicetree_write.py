@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from xshmd.config.devicetree import DOM0, read_devicetree
 from xshmd.config.devicetree_write import render_dts
+from xshmd.declarations import Declarations, EventChannel
+from xshmd.machine import Arch
 from xshmd.model import (
     NOWHERE,
     UNPLACED,
     WHOLE_REGION,
-    Arch,
     Backing,
     CachePolicy,
-    Declarations,
-    EventChannel,
     GuestConfig,
     GuestType,
     Isolation,

@@ -6,8 +6,10 @@ from finder_host import OTHER_UUID, UUID, Host, text_of
 
 from xshmd.config.findings import errors_of
 from xshmd.config.guest import guest_config
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, ConfigUnreadable, Conflict
-from xshmd.model import UNPLACED, Arch, Declarations, GuestConfig, GuestType
+from xshmd.machine import Arch
+from xshmd.model import UNPLACED, GuestConfig, GuestType
 
 SYSTEM = "[region.s]\nsize = 8192\n"
 MEMBER = "[region.s.guest.{}]\n"

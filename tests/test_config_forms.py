@@ -12,14 +12,10 @@ from xshmd.config.forms import Form, Parsed, Together, form_of, read_file, rende
 from xshmd.config.guest import guest_config
 from xshmd.config.toml import read_toml
 from xshmd.config.xl_write import render_xl
+from xshmd.declarations import Declarations, EventChannel
 from xshmd.errors import ConfigError, ConfigUnreadable, Conflict
-from xshmd.model import (
-    Arch,
-    Backing,
-    Declarations,
-    EventChannel,
-    GuestConfig,
-)
+from xshmd.machine import Arch
+from xshmd.model import Backing, GuestConfig
 
 XL = 'name = "{}"\ntype = "pvh"\nstatic_shm = [ "{}" ]\n'
 OWNER = "id=r, begin=0x1000000000, size=0x2000, role=owner"

@@ -8,7 +8,8 @@ import pytest
 from xshmd.config.findings import errors_of
 from xshmd.config.guest import c_long, guest_config
 from xshmd.errors import ConfigError, ConfigUnreadable
-from xshmd.model import Arch, GuestConfig, GuestType, Place
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, GuestType, Place
 from xshmd.policy.rules import check_config
 
 ENTRY = 'static_shm = ["id=r, begin=0x1000000000, size=0x1000, role=owner"]\n'

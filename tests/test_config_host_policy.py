@@ -12,7 +12,7 @@ from xshmd.config.host_policy import PolicyFile, read_policy
 from xshmd.config.toml_tree import Source
 from xshmd.ctl.__main__ import main
 from xshmd.errors import ConfigError, ConfigUnreadable, XshmError
-from xshmd.model import NO_POLICY, HostPolicy
+from xshmd.host_policy import NO_POLICY, HostPolicy
 
 TEXT = """
 [limits]

@@ -19,6 +19,7 @@ from xshmd.config.toml_lines import key_lines, line_of
 from xshmd.config.toml_tree import Source
 from xshmd.config.toml_write import render_toml
 from xshmd.config.xlcfg import MAX_BYTES
+from xshmd.declarations import Declarations, EventChannel
 from xshmd.errors import ConfigError, ConfigUnreadable, XshmError
 from xshmd.model import (
     UNPLACED,
@@ -26,8 +27,6 @@ from xshmd.model import (
     WHOLE_REGION,
     Backing,
     CachePolicy,
-    Declarations,
-    EventChannel,
     GuestType,
     Isolation,
     Lifetime,

@@ -11,7 +11,7 @@ from fakes.event_channels import SimulatedEventChannels
 from fakes.hypervisor import SimulatedXen
 
 from xshmd.errors import PartialMap
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 
 @pytest.mark.parametrize("arch", list(Arch), ids=str)

@@ -10,7 +10,7 @@ from contract.traces import first_difference, played
 from fakes.hypervisor import SimulatedXen
 
 from xshmd.errors import all_errors
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 SEEDS = range(150)
 ERRORS = {error.__name__ for error in all_errors()}

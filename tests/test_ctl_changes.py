@@ -17,25 +17,20 @@ from pathlib import Path
 import pytest
 from varlink_fakes import SNAPSHOT, FakeRegions, daemon, request
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion, Step
 from xshmd.ctl import args, verbs
 from xshmd.ctl.__main__ import main
 from xshmd.ctl.transfer import Progress
 from xshmd.errors import Conflict, NoSuchGuest
+from xshmd.events import Event, EventKind
 from xshmd.model import (
-    AddRegion,
-    AttachRegion,
     Backing,
-    DetachRegion,
-    Event,
-    EventKind,
     Isolation,
     Lifetime,
     Prot,
     ProtEnforcement,
     RegionTerms,
-    RemoveRegion,
     Role,
-    Step,
     Transport,
 )
 from xshmd.units import DomId, Gfn

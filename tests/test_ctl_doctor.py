@@ -14,7 +14,7 @@ from xshmd import errors
 from xshmd.ctl import args, doctor, probe
 from xshmd.ctl.__main__ import main
 from xshmd.ctl.probe import Check, Machine
-from xshmd.model import HostInfo
+from xshmd.machine import HostInfo
 
 Captured = pytest.CaptureFixture[str]
 SYSTEMCTL = """#!/bin/sh

@@ -12,7 +12,8 @@ from varlink_fakes import SNAPSHOT, FakeRegions, daemon
 
 from xshmd.ctl.__main__ import main
 from xshmd.ctl.monitor import _event
-from xshmd.model import Event, EventKind, Lease, Process, Prot
+from xshmd.events import Event, EventKind
+from xshmd.model import Lease, Process, Prot
 from xshmd.varlink.records import event_fields
 
 VIEWER = Lease(

@@ -23,7 +23,8 @@ from integration.virtio_driver import Driver
 from xshmd.ctl import args, lending, vhost_user
 from xshmd.ctl.__main__ import main
 from xshmd.errors import Refused, UsageError
-from xshmd.model import Backing, Event, EventKind, Prot, RegionTerms, Snapshot
+from xshmd.events import Event, EventKind
+from xshmd.model import Backing, Prot, RegionTerms, Snapshot
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import offer
 from xshmd.vhost_user import session as session_module

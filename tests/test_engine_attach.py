@@ -17,17 +17,8 @@ from trio.testing import MockClock
 from xshmd.engine.attach import Mapping, attach, check, detach, mappings
 from xshmd.engine.holders import ANCHOR_GFN
 from xshmd.errors import Conflict, DomainGone, HypercallFailed, OutOfMemory, PartialMap, Refused
-from xshmd.model import (
-    Arch,
-    Backing,
-    Guest,
-    GuestState,
-    Holder,
-    Region,
-    RegionRequest,
-    RegionTerms,
-    Role,
-)
+from xshmd.machine import Arch
+from xshmd.model import Backing, Guest, GuestState, Holder, Region, RegionRequest, RegionTerms, Role
 from xshmd.policy.identity import new_holder_uuid
 from xshmd.units import DomId, Gfn, Mfn, bytes_of
 

@@ -20,16 +20,10 @@ from test_engine_crash import (
     two_guests,
 )
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.engine.reconciler import Reconciler
-from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    DetachRegion,
-    RegionConfig,
-    RegionRequest,
-    RemoveRegion,
-)
+from xshmd.machine import Arch
+from xshmd.model import RegionConfig, RegionRequest
 
 STEP = int(os.environ.get("XSHMD_SWEEP_STEP", "211"))
 """Every how manieth step is one to stop at; XSHMD_SWEEP_STEP=1 plays all."""

@@ -13,6 +13,7 @@ from fakes.world import world
 from hot_changes import add, attach, detach, fill, frames, guest, picture, remove, span
 from trio.testing import MockClock
 
+from xshmd.changes import Change
 from xshmd.errors import (
     ConfigError,
     Conflict,
@@ -22,16 +23,8 @@ from xshmd.errors import (
     Refused,
     XshmError,
 )
-from xshmd.model import (
-    SHUTDOWN_REBOOT,
-    UNPLACED,
-    WHOLE_REGION,
-    Arch,
-    Change,
-    GuestState,
-    Lifetime,
-    RegionConfig,
-)
+from xshmd.machine import SHUTDOWN_REBOOT, Arch
+from xshmd.model import UNPLACED, WHOLE_REGION, GuestState, Lifetime, RegionConfig
 from xshmd.units import DomId, Gfn
 
 # -- attach and detach ----------------------------------------------------------------------------

@@ -8,16 +8,10 @@ from crash import SWEEP_STEP, Lives, Scenario, play, sweep, sweep_twice
 from fakes.toolstack import Made, XlFailed
 from fakes.world import World
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.errors import Refused
-from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    DetachRegion,
-    RegionConfig,
-    RegionRequest,
-    RemoveRegion,
-)
+from xshmd.machine import Arch
+from xshmd.model import RegionConfig, RegionRequest
 
 
 async def _up(host: World, made: Made) -> None:

@@ -13,7 +13,8 @@ from fakes.world import world
 from trio.testing import MockClock
 
 from xshmd.engine.discovery import reserve_in_memory_map
-from xshmd.model import Arch, Guest, GuestState, MemoryKind, MemoryRange, RegionRequest, Role
+from xshmd.machine import Arch, MemoryKind, MemoryRange
+from xshmd.model import Guest, GuestState, RegionRequest, Role
 from xshmd.policy.memory_map import ENTRY_BYTES, MapTable, write_entries
 from xshmd.units import Gfn, bytes_of
 

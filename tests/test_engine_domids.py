@@ -10,9 +10,7 @@ from fakes.world import world
 from life import pair
 from trio.testing import MockClock
 
-from xshmd.model import (
-    SHUTDOWN_REBOOT,
-)
+from xshmd.machine import SHUTDOWN_REBOOT
 
 # -- domids ---------------------------------------------------------------------------------------
 

@@ -18,16 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from xshmd.changes import AttachRegion, DetachRegion
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
-from xshmd.model import (
-    AttachRegion,
-    DetachRegion,
-    DoorbellRoute,
-    Guest,
-    GuestConfig,
-    PeerState,
-    Region,
-)
+from xshmd.model import DoorbellRoute, Guest, GuestConfig, PeerState, Region
 from xshmd.ports import PortStatus
 from xshmd.share import control_page
 from xshmd.units import PAGE_SIZE, Gfn

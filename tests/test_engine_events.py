@@ -13,9 +13,7 @@ from trio.testing import MockClock
 from xshmd.errors import (
     HypercallFailed,
 )
-from xshmd.model import (
-    EventKind,
-)
+from xshmd.events import EventKind
 
 # -- events and figures ---------------------------------------------------------------------------
 

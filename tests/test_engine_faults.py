@@ -14,8 +14,10 @@ from fakes.toolstack import Made, XlFailed
 from fakes.world import World
 from faults import Body, Faults, play, sweep
 
+from xshmd.changes import AttachRegion, Change, DetachRegion
 from xshmd.errors import StoreTrouble, TimedOut, XshmError
-from xshmd.model import Arch, AttachRegion, Change, DetachRegion, GuestConfig
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig
 
 STEP = int(os.environ.get("XSHMD_SWEEP_STEP", "7"))
 """Every how manieth fault is played; XSHMD_SWEEP_STEP=1 plays all."""

@@ -14,7 +14,8 @@ from trio.testing import MockClock
 
 from xshmd.engine.gate import ROOT
 from xshmd.errors import ConfigError, Conflict, HypercallFailed, OutOfMemory, Refused, TimedOut
-from xshmd.model import Arch, GuestState, RegionRequest
+from xshmd.machine import Arch
+from xshmd.model import GuestState, RegionRequest
 from xshmd.units import address_of, bytes_of
 
 

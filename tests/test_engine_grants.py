@@ -12,19 +12,16 @@ from fakes.world import world
 from granted import FRAMES, entries_of, lent, mapped, owned, readable
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.errors import HypercallFailed, OutOfMemory, Refused
+from xshmd.machine import Arch
 from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    DetachRegion,
     GuestType,
     Isolation,
     Process,
     Prot,
     RegionConfig,
     RegionTerms,
-    RemoveRegion,
     Role,
     Transport,
 )

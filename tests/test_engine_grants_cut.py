@@ -16,8 +16,10 @@ from faults import sweep as sweep_faults
 from granted import entries_of, lent, mapped, owned, readable
 from test_engine_faults import STEP
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.errors import XshmError
-from xshmd.model import AddRegion, Arch, AttachRegion, DetachRegion, RegionConfig, RemoveRegion
+from xshmd.machine import Arch
+from xshmd.model import RegionConfig
 
 LASTS_S = 20.0
 

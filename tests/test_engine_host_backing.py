@@ -11,18 +11,10 @@ from fakes.toolstack import XlFailed
 from fakes.world import World, world
 from trio.testing import MockClock
 
+from xshmd.changes import AttachRegion, DetachRegion
 from xshmd.errors import Refused
-from xshmd.model import (
-    Arch,
-    AttachRegion,
-    Backing,
-    DetachRegion,
-    GuestConfig,
-    Lifetime,
-    RegionConfig,
-    RegionTerms,
-    Role,
-)
+from xshmd.machine import Arch
+from xshmd.model import Backing, GuestConfig, Lifetime, RegionConfig, RegionTerms, Role
 
 FRAMES = 8
 

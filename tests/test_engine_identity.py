@@ -17,18 +17,10 @@ from fakes.toolstack import XlFailed
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion
 from xshmd.errors import DomainGone, NoSuchGuest
-from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    DetachRegion,
-    Isolation,
-    Lifetime,
-    RegionConfig,
-    RegionRequest,
-    RegionTerms,
-)
+from xshmd.machine import Arch
+from xshmd.model import Isolation, Lifetime, RegionConfig, RegionRequest, RegionTerms
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.units import DomId, Gfn
 

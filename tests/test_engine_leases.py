@@ -11,20 +11,11 @@ import trio
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion, RemoveRegion
 from xshmd.engine import leases, reconciler
 from xshmd.errors import Conflict, NoSuchRegion, Refused
-from xshmd.model import (
-    AddRegion,
-    EventKind,
-    Isolation,
-    Lease,
-    Lifetime,
-    Process,
-    Prot,
-    RegionConfig,
-    RegionTerms,
-    RemoveRegion,
-)
+from xshmd.events import EventKind
+from xshmd.model import Isolation, Lease, Lifetime, Process, Prot, RegionConfig, RegionTerms
 
 PROCESS = Process(pid=77, uid=0, started=4711, name="viewer")
 

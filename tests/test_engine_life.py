@@ -12,15 +12,14 @@ from fakes.world import Daemon, World, world
 from life import pair, states
 from trio.testing import MockClock
 
-from xshmd.model import (
+from xshmd.machine import (
     SHUTDOWN_CRASH,
     SHUTDOWN_POWEROFF,
     SHUTDOWN_REBOOT,
     SHUTDOWN_WATCHDOG,
     Arch,
-    GuestConfig,
-    GuestState,
 )
+from xshmd.model import GuestConfig, GuestState
 from xshmd.units import DomId
 
 

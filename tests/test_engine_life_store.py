@@ -13,9 +13,7 @@ from fakes.world import World, world
 from life import pair
 from trio.testing import MockClock
 
-from xshmd.model import (
-    SHUTDOWN_REBOOT,
-)
+from xshmd.machine import SHUTDOWN_REBOOT
 from xshmd.units import DomId
 
 # -- xenstored ------------------------------------------------------------------------------------

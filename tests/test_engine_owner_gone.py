@@ -9,13 +9,9 @@ from fakes.world import world
 from hot_changes import frames, guest, span
 from trio.testing import MockClock
 
-from xshmd.model import (
-    SHUTDOWN_REBOOT,
-    Arch,
-    Event,
-    EventKind,
-    Lifetime,
-)
+from xshmd.events import Event, EventKind
+from xshmd.machine import SHUTDOWN_REBOOT, Arch
+from xshmd.model import Lifetime
 
 # -- owner gone -----------------------------------------------------------------------------------
 

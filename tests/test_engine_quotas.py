@@ -8,22 +8,11 @@ from fakes.toolstack import XlFailed
 from fakes.world import World, world
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.errors import ConfigError, OutOfMemory, Refused, XshmError
-from xshmd.model import (
-    AddRegion,
-    Allowed,
-    AttachRegion,
-    DetachRegion,
-    EventKind,
-    HostPolicy,
-    Limit,
-    Limits,
-    Place,
-    Process,
-    Prot,
-    RegionConfig,
-    RemoveRegion,
-)
+from xshmd.events import EventKind
+from xshmd.host_policy import Allowed, HostPolicy, Limit, Limits
+from xshmd.model import Place, Process, Prot, RegionConfig
 
 AT = Place(file="/etc/xshmd/xshmd.toml", key="limits.x", line=2)
 

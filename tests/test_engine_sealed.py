@@ -20,22 +20,12 @@ from fakes.toolstack import Made, XlFailed
 from fakes.world import Daemon, World, world
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion
 from xshmd.engine.holders import ANCHOR_GFN
 from xshmd.errors import Conflict, OutOfMemory, Refused
-from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    DetachRegion,
-    Event,
-    EventKind,
-    Isolation,
-    Lifetime,
-    RegionConfig,
-    RegionRequest,
-    RegionTerms,
-    RemoveRegion,
-)
+from xshmd.events import Event, EventKind
+from xshmd.machine import Arch
+from xshmd.model import Isolation, Lifetime, RegionConfig, RegionRequest, RegionTerms
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.units import DomId, Gfn
 

@@ -10,16 +10,9 @@ from fakes.toolstack import XlFailed
 from fakes.world import world
 from trio.testing import MockClock
 
+from xshmd.changes import AttachRegion
 from xshmd.errors import Conflict, XshmError
-from xshmd.model import (
-    AttachRegion,
-    Lifetime,
-    Prot,
-    ProtEnforcement,
-    RegionConfig,
-    RegionRequest,
-    RegionTerms,
-)
+from xshmd.model import Lifetime, Prot, ProtEnforcement, RegionConfig, RegionRequest, RegionTerms
 
 READ_ONLY = RegionTerms(prot=Prot.RO, prot_enforcement=ProtEnforcement.ADVISORY)
 

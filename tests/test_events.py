@@ -6,7 +6,7 @@ from __future__ import annotations
 import trio
 
 from xshmd.engine.events import EventHub
-from xshmd.model import Event, EventKind
+from xshmd.events import Event, EventKind
 
 
 def event(number: int) -> Event:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from xshmd.errors import Refused
-from xshmd.model import HostRange, MemoryKind, MemoryRange, Place
+from xshmd.machine import HostRange, MemoryKind, MemoryRange
+from xshmd.model import Place
 from xshmd.policy.host_ranges import check_shareable, why_not_shareable
 from xshmd.units import Mfn
 from xshmd.xen.host_ranges import find_host_ranges

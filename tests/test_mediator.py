@@ -18,6 +18,7 @@ from scatter_words import Toy
 from trio.testing import MockClock
 from varlink_fakes import OWNER, FakeRegions, NoCopier
 
+from xshmd.changes import DetachRegion
 from xshmd.errors import (
     Conflict,
     ListCancelled,
@@ -26,7 +27,6 @@ from xshmd.errors import (
     QuotaExceeded,
     all_errors,
 )
-from xshmd.model import DetachRegion
 from xshmd.ranges import MAX_RANGES, Part
 from xshmd.share import mediator, request_page
 from xshmd.share.mediator import Mediator

@@ -23,7 +23,7 @@ from varlink_fakes import HOST, SNAPSHOT, FakeRegions
 from xshmd.daemon import metrics
 from xshmd.daemon.metrics import EVERY_S, Exporter, Metric, exposition
 from xshmd.engine.events import EventHub
-from xshmd.model import Event, EventKind
+from xshmd.events import Event, EventKind
 
 STATISTICS = {
     "attaches": 5, "detaches": 2, "refusals": 1, "messages_sent": 321, "events_dropped": 0,

@@ -8,28 +8,22 @@ from collections.abc import Sequence
 
 import pytest
 
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion
+from xshmd.declarations import Declarations
 from xshmd.errors import Conflict, NoSuchGuest, XshmError
+from xshmd.machine import Arch, DomainInfo, HostInfo
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
-    AddRegion,
-    Arch,
-    AttachRegion,
-    Change,
-    Declarations,
-    DetachRegion,
-    DomainInfo,
     Guest,
     GuestConfig,
     GuestState,
     GuestType,
-    HostInfo,
     Lifetime,
     Place,
     Region,
     RegionConfig,
     RegionRequest,
-    RemoveRegion,
     Role,
     Snapshot,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xshmd.model import Arch, HostInfo
+from xshmd.machine import Arch, HostInfo
 from xshmd.policy.host import Finding, Verdict, findings
 
 GOOD = HostInfo(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xshmd.model import Arch, GuestConfig, GuestType
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, GuestType
 from xshmd.policy import layout
 
 GIB = 1 << 30

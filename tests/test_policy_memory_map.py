@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xshmd.model import MemoryKind, MemoryRange
+from xshmd.machine import MemoryKind, MemoryRange
 from xshmd.policy.memory_map import (
     ENTRY_BYTES,
     MAX_ENTRIES,

@@ -12,11 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from xshmd.errors import ConfigError
+from xshmd.machine import Arch
 from xshmd.model import (
     DOMAIN_0,
     UNPLACED,
     WHOLE_REGION,
-    Arch,
     GuestConfig,
     GuestType,
     Place,

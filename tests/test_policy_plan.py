@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import pytest
 
 from xshmd.errors import ConfigError, Conflict, Refused, XshmError
+from xshmd.machine import Arch, HostInfo
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
-    Arch,
     CachePolicy,
     Guest,
     GuestConfig,
     GuestState,
-    HostInfo,
     Lifetime,
     Place,
     Prot,

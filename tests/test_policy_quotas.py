@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, OutOfMemory, Refused, XshmError
+from xshmd.host_policy import NO_POLICY, Allowed, HostPolicy, Limit, Limits
 from xshmd.model import (
-    NO_POLICY,
-    Allowed,
-    Declarations,
-    HostPolicy,
     Isolation,
     Lease,
-    Limit,
-    Limits,
     Place,
     Process,
     Prot,

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from policy_words import ARM, ARM_FREE, X86, X86_FREE, guest, host, one, request
 
 from xshmd.errors import ConfigError, Refused
-from xshmd.model import (
-    UNPLACED,
-    WHOLE_REGION,
-    Arch,
-    CachePolicy,
-    GuestConfig,
-    GuestType,
-    HostInfo,
-    Role,
-)
+from xshmd.machine import Arch, HostInfo
+from xshmd.model import UNPLACED, WHOLE_REGION, CachePolicy, GuestConfig, GuestType, Role
 from xshmd.policy import layout
 from xshmd.policy.rules import (
     check_config,

@@ -16,14 +16,13 @@ import pytest
 from test_config_static_shm import WRONG
 
 from xshmd.errors import XshmError
+from xshmd.machine import Arch, HostInfo
 from xshmd.model import (
     DOMAIN_0,
-    Arch,
     Backing,
     CachePolicy,
     GuestConfig,
     GuestType,
-    HostInfo,
     Isolation,
     Lifetime,
     Place,

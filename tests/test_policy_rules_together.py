@@ -12,8 +12,8 @@ from policy_words import X86, X86_FREE, guest, one, request
 
 from xshmd.config.guest import guest_config
 from xshmd.errors import ConfigError, Conflict, Refused, XshmError
+from xshmd.machine import Arch
 from xshmd.model import (
-    Arch,
     Backing,
     CachePolicy,
     Guest,

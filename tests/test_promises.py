@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.policy import promises
 from xshmd.policy.promises import CHOICES, Combination, Row, refusals
 

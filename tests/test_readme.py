@@ -13,7 +13,7 @@ import pytest
 from xshmd.config.guest import guest_config
 from xshmd.ctl.__main__ import main
 from xshmd.ctl.args import parse
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.policy.rules import check_config
 from xshmd.vhost_user.backend import Backend
 

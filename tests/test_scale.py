@@ -10,7 +10,7 @@ from fakes.world import world
 from scale import Cost, Crowd
 from trio.testing import MockClock
 
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 FEW, MANY = 8, 24
 

@@ -17,6 +17,7 @@ from scatter_words import START, Toy, bytes_of_part
 from trio.testing import MockClock
 from varlink_fakes import FakeRegions, NoCopier
 
+from xshmd.changes import AttachRegion, DetachRegion, RemoveRegion
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.errors import (
     Conflict,
@@ -31,18 +32,8 @@ from xshmd.errors import (
     TimedOut,
     UsageError,
 )
-from xshmd.model import (
-    SHUTDOWN_REBOOT,
-    AttachRegion,
-    Backing,
-    DetachRegion,
-    Isolation,
-    Prot,
-    ProtEnforcement,
-    RegionTerms,
-    RemoveRegion,
-    Snapshot,
-)
+from xshmd.machine import SHUTDOWN_REBOOT
+from xshmd.model import Backing, Isolation, Prot, ProtEnforcement, RegionTerms, Snapshot
 from xshmd.ranges import ByteRange, Part
 from xshmd.share import lists
 from xshmd.share.mediator import Mediator

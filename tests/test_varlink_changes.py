@@ -10,15 +10,13 @@ import pytest
 from test_varlink_service import CONTRACT, call
 from varlink_fakes import OWNER, SNAPSHOT, FakeRegions
 
+from xshmd.changes import AddRegion, AttachRegion, DetachRegion, RemoveRegion, Step
 from xshmd.errors import Conflict
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
-    AddRegion,
-    AttachRegion,
     Backing,
     CachePolicy,
-    DetachRegion,
     Isolation,
     Lifetime,
     Place,
@@ -27,9 +25,7 @@ from xshmd.model import (
     RegionConfig,
     RegionRequest,
     RegionTerms,
-    RemoveRegion,
     Role,
-    Step,
     Transport,
 )
 from xshmd.units import DomId, Gfn

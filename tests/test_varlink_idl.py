@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import varlink
 
-from xshmd import model
+from xshmd import changes, events, model
 from xshmd.policy.host import Verdict
 from xshmd.varlink import idl
 from xshmd.varlink.client import INTERFACE
@@ -98,14 +98,14 @@ def test_its_enumerations_are_the_models(name: str, words: type[enum.StrEnum]) -
 
 
 def test_it_knows_every_kind_of_event() -> None:
-    kinds = tuple(kind.value.replace("-", "_") for kind in model.EventKind)
+    kinds = tuple(kind.value.replace("-", "_") for kind in events.EventKind)
     assert CONTRACT.types["EventKind"] == idl.Enumeration(kinds)
 
 
 def test_the_union_of_changes_is_the_models() -> None:
     change = CONTRACT.types["Change"]
     assert isinstance(change, idl.Struct)
-    assert len(change.fields) == len(typing.get_args(model.Change))
+    assert len(change.fields) == len(typing.get_args(changes.Change))
 
 
 GRAMMAR = """

@@ -13,7 +13,7 @@ from test_varlink_service import CONTRACT
 from varlink_fakes import FakeRegions, limits, request
 
 from xshmd.daemon import service
-from xshmd.model import Event, EventKind
+from xshmd.events import Event, EventKind
 from xshmd.units import DomId
 from xshmd.varlink.server import open_listener, serve
 from xshmd.varlink.wire import Call, Flag, Reply

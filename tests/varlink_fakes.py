@@ -13,18 +13,17 @@ from pathlib import Path
 import trio
 
 from xshmd.api import HeldLease, PartCopier, RegionsApi
+from xshmd.changes import Change, Step
 from xshmd.daemon import service
 from xshmd.daemon.buffer_methods import BufferMethods
 from xshmd.errors import XshmError
+from xshmd.events import Event
+from xshmd.machine import Arch, HostInfo
 from xshmd.model import (
-    Arch,
-    Change,
-    Event,
     Guest,
     GuestConfig,
     GuestState,
     Holder,
-    HostInfo,
     Lease,
     Process,
     Prot,
@@ -32,7 +31,6 @@ from xshmd.model import (
     RegionRequest,
     Role,
     Snapshot,
-    Step,
 )
 from xshmd.ranges import Part
 from xshmd.units import DomId, Gfn

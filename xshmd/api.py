@@ -13,18 +13,10 @@ from typing import Final, Protocol
 
 import trio
 
-from xshmd.model import (
-    Change,
-    Event,
-    Guest,
-    GuestConfig,
-    HostInfo,
-    Lease,
-    Process,
-    Prot,
-    Snapshot,
-    Step,
-)
+from xshmd.changes import Change, Step
+from xshmd.events import Event
+from xshmd.machine import HostInfo
+from xshmd.model import Guest, GuestConfig, Lease, Process, Prot, Snapshot
 from xshmd.ranges import Part
 
 MAX_ACCESS_BYTES: Final = 64 * 1024

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from xshmd.declarations import Declarations
 from xshmd.errors import XshmError
-from xshmd.model import Declarations, GuestConfig, HostPolicy, RegionConfig
+from xshmd.host_policy import HostPolicy
+from xshmd.model import GuestConfig, RegionConfig
 
 
 class Clock(Protocol):

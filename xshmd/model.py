@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from typing import Final
 
-from xshmd.units import PAGE_SIZE, DomId, Gfn, Mfn, bytes_of
+from xshmd.units import DomId, Gfn, bytes_of
 
 MAX_REGION_ID_LENGTH: Final = 128
 """The longest id, as in the 2018 xl series (a dom0less device tree holds only 15 characters)."""
@@ -44,13 +44,6 @@ class CachePolicy(enum.StrEnum):
 
     ARM_NORMAL = "ARM_normal"
     X86_NORMAL = "x86_normal"
-
-
-class Arch(enum.StrEnum):
-    """The architecture of the machine Xen runs on."""
-
-    X86_64 = "x86_64"
-    ARM64 = "arm64"
 
 
 class GuestType(enum.StrEnum):
@@ -237,81 +230,6 @@ class RegionConfig:
     nr_frames: int
     terms: RegionTerms = USUAL_TERMS
     place: Place = NOWHERE
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EventChannel:
-    """One end of a static event channel (dom0less ``xen,evtchn-v1``): read and reported only."""
-
-    guest: str
-    local_port: int
-    peer_guest: str
-    peer_port: int
-    place: Place = NOWHERE
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """The most of something, or of the host's free memory the least; and where that was written."""
-
-    value: int
-    """A number of things, or of frames."""
-    place: Place
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What an administrator limits; None where nothing is."""
-
-    regions: Limit | None = None
-    """How many there are."""
-    memory: Limit | None = None
-    """How many frames they have, of fresh memory, all together."""
-    members: Limit | None = None
-    """How many guests have any one region."""
-    leases: Limit | None = None
-    """How many leases processes of the control domain have."""
-    regions_per_guest: Limit | None = None
-    memory_per_guest: Limit | None = None
-    """How many frames one guest has, of all of its regions."""
-    free_memory: Limit | None = None
-    """How many frames of the host are left free when a region is made."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Allowed:
-    """Guests that may share regions with one another, all by shell patterns."""
-
-    name: str
-    guests: tuple[str, ...]
-    regions: tuple[str, ...] = ("*",)
-    """The ids of the regions that they may have."""
-    dom0: bool = False
-    """Whether processes of the control domain may have these regions as well."""
-    place: Place = NOWHERE
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HostPolicy:
-    """What an administrator lets guests have, whatever their own configurations say."""
-
-    limits: Limits = Limits()
-    allowed: tuple[Allowed, ...] = ()
-    """Without any, every guest may share with every other; else only those that one of these
-    names."""
-
-
-NO_POLICY: Final = HostPolicy()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Declarations:
-    """Everything that some configuration files say, in the order they say it."""
-
-    regions: tuple[RegionConfig, ...] = ()
-    guests: tuple[GuestConfig, ...] = ()
-    event_channels: tuple[EventChannel, ...] = ()
-    policy: HostPolicy = NO_POLICY
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,98 +424,6 @@ class Lease:
     process: Process
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DomainInfo:
-    """A domain as XEN_DOMCTL_getdomaininfo reports it."""
-
-    domid: DomId
-    uuid: str
-    hvm: bool
-    hap: bool
-    paused: bool
-    shut_down: bool
-    shutdown_reason: int
-    """SHUTDOWN_*: 0 poweroff, 1 reboot, 2 suspend, 3 crash, 4 watchdog, 5 soft reset."""
-    dying: bool
-    """True only at the end of teardown: a domain being torn down still looks alive."""
-    tot_pages: int
-    max_pages: int
-    max_vcpu_id: int
-    nr_online_vcpus: int
-    cpu_time_ns: int
-    gpaddr_bits: int
-    """Width of guest-physical addresses Xen can map for it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HostInfo:
-    """The machine and the Xen on it, as far as promises depend on them."""
-
-    arch: Arch
-    xen_version: tuple[int, int]
-    xen_extra: str
-    """What follows major.minor in ``xl info``'s xen_version, e.g. ``.4-pre``."""
-    xen_command_line: str
-    has_hvm: bool
-    has_hap: bool
-    free_pages: int
-    total_pages: int
-
-    @property
-    def xen_text(self) -> str:
-        return f"{self.xen_version[0]}.{self.xen_version[1]}{self.xen_extra}"
-
-    @property
-    def free_bytes(self) -> int:
-        return self.free_pages * PAGE_SIZE
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HostRange:
-    """A range of the machine's own frames of which dom0 knows what it is."""
-
-    first_mfn: Mfn
-    nr_frames: int
-    name: str
-    """What it is, for people, e.g. ``memory 2 of PCI device 0000:00:04.0``."""
-    refusal: str = ""
-    """Why no guest may have it; empty: it is memory kept apart that a region may lie in."""
-    hint: str = ""
-    """What an admin can do about the refusal."""
-
-    @property
-    def end_mfn(self) -> int:
-        """The first frame after it."""
-        return self.first_mfn + self.nr_frames
-
-
-class MemoryKind(enum.IntEnum):
-    """What an entry of an x86 memory map is: types of ACPI's E820, and those of Xen's PVH ABI."""
-
-    RAM = 1
-    RESERVED = 2
-    ACPI = 3
-    NVS = 4
-    UNUSABLE = 5
-    DISABLED = 6
-    PERSISTENT = 7
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryRange:
-    """One entry of an x86 memory map, in bytes."""
-
-    address: int
-    size_bytes: int
-    kind: int
-    """A :class:`MemoryKind`, or whatever else stood there."""
-
-    @property
-    def end(self) -> int:
-        """The first address after it."""
-        return self.address + self.size_bytes
-
-
 class MapChange(enum.StrEnum):
     """Whether a guest's own memory map says where its regions are."""
 
@@ -605,106 +431,6 @@ class MapChange(enum.StrEnum):
     """They are reserved ranges of it: an operating system leaves them alone."""
     UNCHANGED = "unchanged"
     """It says nothing of them."""
-
-
-class EventKind(enum.StrEnum):
-    """What may happen to regions and guests; each has a MESSAGE_ID in the journal."""
-
-    REGION_CREATED = "region-created"
-    REGION_REMOVED = "region-removed"
-    PEER_JOINED = "peer-joined"
-    """A guest was given a region's memory."""
-    PEER_LEFT = "peer-left"
-    """A region's memory was withdrawn from a guest, or the guest ended."""
-    GUEST_REFUSED = "guest-refused"
-    GUEST_AWAITED = "guest-awaited"
-    """Its domain ended by itself; its regions wait for the next."""
-    HOLDER_CREATED = "holder-created"
-    HOLDER_DESTROYED = "holder-destroyed"
-    HOLDER_LOST = "holder-lost"
-    """Somebody else destroyed it: its regions are lost."""
-    HOLDER_SUSPECT = "holder-suspect"
-    """It is not as it was left, by a member's doing mostly."""
-    GROUP_PAUSED = "group-paused"
-    """The guests of a sealed group stood still while regions were put on fresh pages."""
-    RELOADED = "reloaded"
-    """The configuration was read again; what changed comes as events of its own before."""
-    LEASE_BEGAN = "lease-began"
-    """A process of the control domain may map a region from now on."""
-    LEASE_ENDED = "lease-ended"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened, with who, what and why: the source of audit, metrics, Monitor."""
-
-    kind: EventKind
-    region: str = ""
-    guest: str = ""
-    domid: DomId | None = None
-    holder_uuid: str = ""
-    request: RegionRequest | None = None
-    """For PEER_JOINED and PEER_LEFT: the guest's part in the region."""
-    size_bytes: int = 0
-    """How much memory was granted, withdrawn, made or freed."""
-    reason: str = ""
-    """Why, in a few words, e.g. ``guest created``, ``admin``, ``owner gone``, ``reload``."""
-    lease: Lease | None = None
-    """For LEASE_BEGAN and LEASE_ENDED."""
-    rules: tuple[str, ...] = ()
-    """For GUEST_REFUSED: the names of the rules that are broken."""
-    pause_us: int = 0
-    """For GROUP_PAUSED: for how long, in microseconds."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AddRegion:
-    """A change: make this region, which belongs to the system."""
-
-    config: RegionConfig
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveRegion:
-    """A change: free this region."""
-
-    region_id: str
-    force: bool = False
-    """Withdraw it from its members first; otherwise it is refused while it has any."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AttachRegion:
-    """A change: give a running guest a region."""
-
-    guest: str
-    """Its name, or its domid in decimal."""
-    request: RegionRequest
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DetachRegion:
-    """A change: withdraw a region from a running guest."""
-
-    guest: str
-    """Its name, or its domid in decimal."""
-    region_id: str
-
-
-Change = AddRegion | RemoveRegion | AttachRegion | DetachRegion
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step of a plan, for people and programs; the plan is carried out in this order."""
-
-    verb: str
-    """``create``, ``attach``, ``detach`` or ``remove``."""
-    region: str
-    guest: str = ""
-    domid: DomId | None = None
-    text: str = ""
-    """The step in words, e.g. ``pause ctl and map 1 MiB of r0 at 0x3a000000``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -715,11 +441,3 @@ class Snapshot:
     regions: tuple[Region, ...] = ()
     guests: tuple[Guest, ...] = ()
     leases: tuple[Lease, ...] = ()
-
-
-SHUTDOWN_POWEROFF: Final = 0
-SHUTDOWN_REBOOT: Final = 1
-SHUTDOWN_SUSPEND: Final = 2
-SHUTDOWN_CRASH: Final = 3
-SHUTDOWN_WATCHDOG: Final = 4
-SHUTDOWN_SOFT_RESET: Final = 5

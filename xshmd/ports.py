@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
-from xshmd.model import DomainInfo, HostInfo, HostRange, MemoryRange
+from xshmd.machine import DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.ranges import ByteRange
 from xshmd.units import DomId, Gfn, Mfn
 

@@ -28,7 +28,8 @@ from typing import Any, Final
 
 from xshmd.engine.attach import Mapping, attach, check
 from xshmd.engine.holders import enlarge_paging_pool
-from xshmd.model import Arch, Guest, GuestState, Holder, RegionRequest, Role
+from xshmd.machine import Arch
+from xshmd.model import Guest, GuestState, Holder, RegionRequest, Role
 from xshmd.policy.identity import new_generation, new_holder_uuid
 from xshmd.units import DomId, Gfn
 from xshmd.xen.hypervisor import XenHypervisor

@@ -30,7 +30,7 @@ from attack.attackers import ATTACKERS
 from xshmd.daemon import logs, service
 from xshmd.engine.events import EventHub
 from xshmd.errors import XshmError
-from xshmd.model import Event, EventKind
+from xshmd.events import Event, EventKind
 from xshmd.varlink.client import Client
 from xshmd.varlink.server import open_listener, serve
 

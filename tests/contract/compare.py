@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from fakes.hypervisor import SimulatedXen
 
 from contract.traces import first_difference, played
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 
 def differences(arch: Arch, lines: Iterable[str]) -> tuple[int, list[str]]:

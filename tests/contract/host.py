@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, XshmError
-from xshmd.model import Arch, DomainInfo
+from xshmd.machine import Arch, DomainInfo
 from xshmd.policy.host_ranges import why_not_shareable
 from xshmd.ports import Hypervisor
 from xshmd.units import (

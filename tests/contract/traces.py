@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from xshmd.errors import HypercallFailed, XshmError
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.ports import Hypervisor, PageMap
 from xshmd.units import SUPERPAGE_FRAMES, DomId, Gfn, bytes_of
 

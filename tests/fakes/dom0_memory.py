@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 
 from xshmd.errors import DomainGone
-from xshmd.model import DomainInfo
+from xshmd.machine import DomainInfo
 from xshmd.units import PAGE_SIZE, DomId, Gfn
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from fakes.machine import CONTROL_DOMAIN, Machine, SimulatedMap
 from fakes.objects import Domain, GrantEntry, Page
-from xshmd.model import Arch
+from xshmd.machine import Arch
 from xshmd.units import DomId, Gfn
 from xshmd.xen.errno_table import failure
 

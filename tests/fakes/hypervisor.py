@@ -18,7 +18,7 @@ from fakes.machine import CONTROL_DOMAIN, SimulatedMap
 from fakes.objects import DOMAIN_OVERHEAD_PAGES, Domain, Entry, ModelViolation, Page
 from fakes.scatter import SimulatedCopies
 from xshmd.errors import OutOfMemory, PartialMap, XshmError
-from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
+from xshmd.machine import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.units import (
     DOMID_FIRST_RESERVED,
     PAGE_SIZE,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from fakes.objects import Domain, ModelViolation, Page
-from xshmd.model import Arch, HostRange
+from xshmd.machine import Arch, HostRange
 from xshmd.units import DOMID_FIRST_RESERVED, PAGE_SIZE, SUPERPAGE_ORDER, DomId, Gfn, Mfn, bytes_of
 from xshmd.xen.errno_table import failure
 

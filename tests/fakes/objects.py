@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from xshmd.model import MemoryRange
+from xshmd.machine import MemoryRange
 from xshmd.units import PAGE_SIZE, DomId
 
 DOMAIN_OVERHEAD_PAGES: Final = 24

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from fakes.hypervisor import SimulatedXen
-from xshmd.model import MemoryRange
+from xshmd.machine import MemoryRange
 from xshmd.policy.memory_map import write_entries
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
 

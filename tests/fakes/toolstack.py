@@ -18,14 +18,8 @@ from fakes.objects import Domain
 from fakes.start_info import write_start_info
 from fakes.xenstored import FakeXenstored
 from xshmd.errors import DomainGone, XshmError
-from xshmd.model import (
-    SHUTDOWN_POWEROFF,
-    SHUTDOWN_REBOOT,
-    Arch,
-    GuestConfig,
-    MemoryKind,
-    MemoryRange,
-)
+from xshmd.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, Arch, MemoryKind, MemoryRange
+from xshmd.model import GuestConfig
 from xshmd.policy import layout
 from xshmd.ports import HeldLock
 from xshmd.units import DomId, address_of, bytes_of

@@ -22,17 +22,16 @@ from fakes.keeper import FakeKeeper
 from fakes.objects import Page
 from fakes.toolstack import DaemonLocks, FakeLocks, FakeToolstack, Made
 from fakes.xenstored import FakeXenstored, fake_xenstored
+from xshmd.declarations import Declarations
 from xshmd.engine.options import Options
 from xshmd.engine.reconciler import Reconciler
 from xshmd.errors import XshmError
+from xshmd.host_policy import NO_POLICY, HostPolicy
+from xshmd.machine import Arch
 from xshmd.model import (
-    NO_POLICY,
-    Arch,
-    Declarations,
     Guest,
     GuestConfig,
     GuestState,
-    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,

@@ -18,6 +18,7 @@ import structlog.testing
 from scatter_words import Toy
 
 from fuzz import vhost_user
+from xshmd.changes import AttachRegion
 from xshmd.config import static_shm, xlcfg
 from xshmd.config.devicetree import read_devicetree
 from xshmd.config.guest import guest_config
@@ -27,7 +28,8 @@ from xshmd.config.toml_write import render_toml
 from xshmd.config.xl_command import create_arguments
 from xshmd.engine import intents, records
 from xshmd.errors import ConfigError, ConfigUnreadable, StoreError, UsageError
-from xshmd.model import Arch, AttachRegion, PeerState, Place, RegionRequest
+from xshmd.machine import Arch
+from xshmd.model import PeerState, Place, RegionRequest
 from xshmd.policy import quota_rules
 from xshmd.policy.holdings import NOTHING, Holdings
 from xshmd.share import control_page

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from xshmd.client.ranges import Part, Whereabouts
 from xshmd.errors import Conflict, Refused
-from xshmd.model import DomainInfo
+from xshmd.machine import DomainInfo
 from xshmd.units import DomId, Gfn
 from xshmd.xen.hypervisor import XenHypervisor
 

@@ -20,11 +20,11 @@ from xshmd.config.devicetree_blob import DOMAIN, EVENT_CHANNEL, SHARED_MEMORY, N
 from xshmd.config.devicetree_shm import Member, Reading, numbers_of, readings
 from xshmd.config.findings import config_error, raise_all
 from xshmd.config.xlcfg import shown
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError
 from xshmd.model import (
     USUAL_TERMS,
     Backing,
-    Declarations,
     GuestConfig,
     Place,
     RegionConfig,

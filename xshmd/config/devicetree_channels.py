@@ -13,8 +13,9 @@ from typing import Final
 
 from xshmd.config.devicetree_blob import Node
 from xshmd.config.findings import config_error
+from xshmd.declarations import EventChannel
 from xshmd.errors import ConfigError
-from xshmd.model import EventChannel, Place
+from xshmd.model import Place
 
 KEY: Final = "xen,evtchn"
 PORT_LIMIT: Final = 1 << 17

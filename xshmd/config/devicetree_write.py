@@ -17,14 +17,13 @@ from xshmd.config.devicetree_blob import DOMAIN, EVENT_CHANNEL, SHARED_MEMORY
 from xshmd.config.devicetree_channels import PORT_LIMIT
 from xshmd.config.devicetree_rules import MAX_REGIONS
 from xshmd.config.xlcfg import shown
+from xshmd.declarations import Declarations, EventChannel
+from xshmd.machine import Arch
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
-    Arch,
     CachePolicy,
-    Declarations,
     DoorbellRoute,
-    EventChannel,
     GuestConfig,
     GuestType,
     Prot,

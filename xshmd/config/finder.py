@@ -21,14 +21,11 @@ from xshmd.config.joining import by_name, is_open, joined, put_together, sizes_o
 from xshmd.config.lookup import DIRECTORIES
 from xshmd.config.region_files import Reading, RegionFiles
 from xshmd.config.xl_files import OWN_DIRECTORY, XL_DIRECTORIES, XlFiles
+from xshmd.declarations import Declarations
 from xshmd.errors import XshmError, combined
-from xshmd.model import (
-    Arch,
-    Declarations,
-    GuestConfig,
-    HostPolicy,
-    RegionConfig,
-)
+from xshmd.host_policy import HostPolicy
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, RegionConfig
 from xshmd.policy.placement import placed
 
 

@@ -17,8 +17,11 @@ from xshmd.config.files import read_regular
 from xshmd.config.findings import errors_of
 from xshmd.config.joining import agreed, by_name, is_open, joined, put_together, sizes_of
 from xshmd.config.lookup import drop_ins_beside
+from xshmd.declarations import Declarations
 from xshmd.errors import XshmError
-from xshmd.model import NO_POLICY, Arch, Declarations, GuestConfig
+from xshmd.host_policy import NO_POLICY
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig
 
 _TREE_SUFFIXES: Final = (".dts", ".dtb", ".dtsi", ".dtbo")
 _TREE_MAGIC: Final = b"\xd0\x0d\xfe\xed"

@@ -14,7 +14,8 @@ from xshmd.config import static_shm
 from xshmd.config.findings import config_error, raise_all
 from xshmd.config.xlcfg import XlConfig, XlList, parse, shown
 from xshmd.errors import ConfigError
-from xshmd.model import Arch, GuestConfig, GuestType, RegionRequest
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, GuestType, RegionRequest
 from xshmd.policy.entry_rules import region_twice
 
 MEMORY_MAP_KEY: Final = "static_shm_memory_map"

@@ -34,7 +34,7 @@ from xshmd.config.lookup import Found, find_files
 from xshmd.config.toml_tree import Source, Table, read_tree
 from xshmd.config.toml_values import Keys
 from xshmd.errors import ConfigError
-from xshmd.model import NO_POLICY, Allowed, HostPolicy, Limit, Limits
+from xshmd.host_policy import NO_POLICY, Allowed, HostPolicy, Limit, Limits
 
 NAME: Final = "xshmd.toml"
 DIRECTORIES: Final = tuple(

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from xshmd.config.entry_forms import KEY
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, Conflict, XshmError, combined
+from xshmd.host_policy import NO_POLICY
 from xshmd.model import (
-    NO_POLICY,
     NOWHERE,
     UNPLACED,
     WHOLE_REGION,
-    Declarations,
     GuestConfig,
     RegionConfig,
     RegionRequest,

@@ -13,8 +13,8 @@ from xshmd.config.files import MAX_FILES, read_regular
 from xshmd.config.lookup import DIRECTORIES, TOML_SUFFIX, Found, find_files
 from xshmd.config.toml import read_toml
 from xshmd.config.toml_tree import Source
+from xshmd.declarations import Declarations
 from xshmd.errors import XshmError
-from xshmd.model import Declarations
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ from xshmd.config.guest import normalised_uuid
 from xshmd.config.toml_tree import Source, Table, dotted, read_tree
 from xshmd.config.toml_values import ADDRESS_LIMIT, Keys
 from xshmd.config.xlcfg import shown
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError
 from xshmd.model import (
     MAX_REGION_ID_LENGTH,
@@ -62,7 +63,6 @@ from xshmd.model import (
     WHOLE_REGION,
     Backing,
     CachePolicy,
-    Declarations,
     DoorbellRoute,
     GuestConfig,
     GuestType,

@@ -13,12 +13,12 @@ from typing import Final
 from xshmd.config.joining import is_same
 from xshmd.config.toml_tree import dotted, quoted
 from xshmd.config.xlcfg import shown
+from xshmd.declarations import Declarations
 from xshmd.model import (
     UNPLACED,
     USUAL_TERMS,
     WHOLE_REGION,
     Backing,
-    Declarations,
     GuestConfig,
     RegionConfig,
     RegionRequest,

@@ -22,7 +22,8 @@ from xshmd.config.joining import agreed, is_same_guest
 from xshmd.config.xl_command import being_created
 from xshmd.config.xlcfg import XlConfig, parse
 from xshmd.errors import ConfigUnreadable, XshmError
-from xshmd.model import Arch, GuestConfig
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig
 
 OWN_DIRECTORY: Final = Path("/etc/xshmd/guests.d")
 XL_DIRECTORIES: Final = (Path("/etc/xen"), Path("/etc/xen/auto"))

@@ -10,13 +10,8 @@ from typing import Final
 from xshmd.config import static_shm, xlcfg
 from xshmd.config.guest import EXTENDED_REGIONS_KEY, MEMORY_MAP_KEY
 from xshmd.config.xlcfg import shown
-from xshmd.model import (
-    Backing,
-    Declarations,
-    GuestConfig,
-    RegionConfig,
-    RegionRequest,
-)
+from xshmd.declarations import Declarations
+from xshmd.model import Backing, GuestConfig, RegionConfig, RegionRequest
 
 _ID: Final = re.compile(r"[_a-zA-Z0-9][_a-zA-Z0-9@-]*")
 

@@ -12,8 +12,10 @@ from xshmd import errors
 from xshmd.config.forms import Parsed, Together, read_file, take_together
 from xshmd.ctl import render
 from xshmd.ctl.machine import add_arch, arch_of
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigUnreadable, XshmError
-from xshmd.model import UNPLACED, Arch, Declarations, GuestConfig, Place, RegionRequest
+from xshmd.machine import Arch
+from xshmd.model import UNPLACED, GuestConfig, Place, RegionRequest
 from xshmd.units import bytes_of, human_size
 
 

@@ -16,8 +16,10 @@ from xshmd import errors
 from xshmd.config.forms import Form, Together, read_file, render, take_together
 from xshmd.ctl import render as output
 from xshmd.ctl.machine import add_arch, arch_of
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, ConfigUnreadable, NoSuchGuest, UsageError, XshmError
-from xshmd.model import Arch, Declarations, GuestConfig
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig
 
 ARTEFACT_NAMES = (
     "partial-dts", "reserved-memory", "memmap", "pmem", "header", "overlay", "zephyr-overlay",

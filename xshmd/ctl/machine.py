@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from xshmd.config.forms import Form, form_of
 from xshmd.errors import UsageError
-from xshmd.model import Arch
+from xshmd.machine import Arch
 
 _MACHINES = {"x86_64": Arch.X86_64, "aarch64": Arch.ARM64}
 """What Linux calls them."""

@@ -17,23 +17,11 @@ import structlog
 import trio
 
 from xshmd.api import HeldLease, RegionsApi
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion, Step
 from xshmd.errors import XshmError, rules_of
-from xshmd.model import (
-    AddRegion,
-    AttachRegion,
-    Change,
-    DetachRegion,
-    Event,
-    EventKind,
-    Guest,
-    GuestConfig,
-    HostInfo,
-    Process,
-    Prot,
-    RemoveRegion,
-    Snapshot,
-    Step,
-)
+from xshmd.events import Event, EventKind
+from xshmd.machine import HostInfo
+from xshmd.model import Guest, GuestConfig, Process, Prot, Snapshot
 from xshmd.units import address_of, bytes_of
 
 log = structlog.get_logger()

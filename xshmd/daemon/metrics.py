@@ -20,7 +20,8 @@ import trio
 
 from xshmd import __version__
 from xshmd.api import RegionsApi
-from xshmd.model import GuestState, HostInfo, Snapshot
+from xshmd.machine import HostInfo
+from xshmd.model import GuestState, Snapshot
 
 log = structlog.get_logger()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from xshmd import __version__
-from xshmd.model import HostInfo, Snapshot
+from xshmd.machine import HostInfo
+from xshmd.model import Snapshot
 from xshmd.policy.host import Finding, findings
 from xshmd.units import PAGE_SIZE
 from xshmd.varlink.wire import Parameters

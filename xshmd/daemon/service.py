@@ -18,21 +18,14 @@ import trio
 
 from xshmd import __version__
 from xshmd.api import RegionsApi
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion
 from xshmd.config.guest import guest_config
 from xshmd.daemon.processes import ProcProcesses
 from xshmd.daemon.replies import host_fields, status_fields
 from xshmd.errors import ConfigUnreadable, NoSuchRegion
-from xshmd.model import (
-    AddRegion,
-    Arch,
-    AttachRegion,
-    Change,
-    DetachRegion,
-    Event,
-    GuestConfig,
-    Prot,
-    RemoveRegion,
-)
+from xshmd.events import Event
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, Prot
 from xshmd.units import human_size
 from xshmd.varlink import caller, idl, records, wire
 from xshmd.varlink.dispatch import (

@@ -11,20 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import trio
 
+from xshmd.changes import AttachRegion, Change, DetachRegion
+from xshmd.declarations import Declarations
 from xshmd.dom0_ports import ConfigFinder
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import XshmError
-from xshmd.model import (
-    AttachRegion,
-    Change,
-    Declarations,
-    DetachRegion,
-    DomainInfo,
-    GuestConfig,
-    GuestState,
-    GuestType,
-    Lifetime,
-)
+from xshmd.machine import DomainInfo
+from xshmd.model import GuestConfig, GuestState, GuestType, Lifetime
 from xshmd.policy.changes import ChangePlan, LiveDomain, plan_changes
 from xshmd.policy.desired import differences
 from xshmd.policy.identity import is_holder_uuid

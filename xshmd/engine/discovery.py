@@ -16,7 +16,8 @@ import structlog
 
 from xshmd.engine import identity
 from xshmd.errors import XshmError
-from xshmd.model import Guest, MemoryKind, MemoryRange
+from xshmd.machine import MemoryKind, MemoryRange
+from xshmd.model import Guest
 from xshmd.policy.memory_map import (
     ENTRY_BYTES,
     NR_ENTRIES_AT,

@@ -18,20 +18,15 @@ from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_stray
 from xshmd.engine.options import Options
-from xshmd.model import (
+from xshmd.events import EventKind
+from xshmd.machine import (
     SHUTDOWN_CRASH,
     SHUTDOWN_POWEROFF,
     SHUTDOWN_REBOOT,
     SHUTDOWN_WATCHDOG,
     DomainInfo,
-    EventKind,
-    Guest,
-    GuestState,
-    Holder,
-    Lifetime,
-    Region,
-    Role,
 )
+from xshmd.model import Guest, GuestState, Holder, Lifetime, Region, Role
 from xshmd.ports import Store
 
 log = structlog.get_logger()

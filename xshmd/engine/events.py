@@ -14,7 +14,8 @@ from typing import Final
 import trio
 
 from xshmd.errors import XshmError, rules_of
-from xshmd.model import Event, EventKind, Guest, Lease, Region, RegionRequest
+from xshmd.events import Event, EventKind
+from xshmd.model import Guest, Lease, Region, RegionRequest
 
 BACKLOG: Final = 1024
 """How many events a listener may be behind."""

@@ -24,17 +24,8 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, Refused, StoreTrouble, XshmError
-from xshmd.model import (
-    EventKind,
-    Grant,
-    Guest,
-    GuestState,
-    Piece,
-    Prot,
-    Region,
-    RegionRequest,
-    Transport,
-)
+from xshmd.events import EventKind
+from xshmd.model import Grant, Guest, GuestState, Piece, Prot, Region, RegionRequest, Transport
 from xshmd.policy import grants as policy
 from xshmd.policy.plan import NewRegion
 from xshmd.ports import Hypervisor

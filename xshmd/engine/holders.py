@@ -18,7 +18,9 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, HypercallFailed, OutOfMemory, StoreTrouble, XshmError
-from xshmd.model import NOWHERE, Backing, DomainInfo, Event, EventKind, Holder, Piece, Region
+from xshmd.events import Event, EventKind
+from xshmd.machine import DomainInfo
+from xshmd.model import NOWHERE, Backing, Holder, Piece, Region
 from xshmd.policy.host_ranges import check_shareable
 from xshmd.policy.identity import new_holder_uuid
 from xshmd.policy.plan import NewRegion

@@ -8,7 +8,8 @@ in the same breath as the call it is asked for: nothing may be awaited between t
 from __future__ import annotations
 
 from xshmd.errors import DomainGone, HypercallFailed
-from xshmd.model import DomainInfo, Guest
+from xshmd.machine import DomainInfo
+from xshmd.model import Guest
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId
 

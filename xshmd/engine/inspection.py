@@ -15,7 +15,8 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.holders import ANCHOR_GFN, NO_DOMAIN
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import HypercallFailed
-from xshmd.model import Backing, Event, EventKind, Holder
+from xshmd.events import Event, EventKind
+from xshmd.model import Backing, Holder
 from xshmd.ports import Hypervisor
 from xshmd.units import Gfn
 

@@ -26,7 +26,8 @@ from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.errors import Conflict, Refused, XshmError
-from xshmd.model import EventKind, Lease, Process, Prot, Region
+from xshmd.events import EventKind
+from xshmd.model import Lease, Process, Prot, Region
 from xshmd.policy.quota_rules import check_lease
 from xshmd.policy.refusals import keeps_it_mapped
 

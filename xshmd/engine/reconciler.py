@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from xshmd.api import HeldLease
+from xshmd.changes import Change, RemoveRegion, Step
 from xshmd.dom0_ports import Clock, ConfigFinder, Processes
 from xshmd.engine import identity
 from xshmd.engine.access import Access
@@ -54,23 +55,9 @@ from xshmd.errors import (
     TimedOut,
     XshmError,
 )
-from xshmd.model import (
-    SHUTDOWN_POWEROFF,
-    Change,
-    DomainInfo,
-    Event,
-    EventKind,
-    Guest,
-    GuestConfig,
-    GuestState,
-    Holder,
-    HostInfo,
-    Process,
-    Prot,
-    RemoveRegion,
-    Snapshot,
-    Step,
-)
+from xshmd.events import Event, EventKind
+from xshmd.machine import SHUTDOWN_POWEROFF, DomainInfo, HostInfo
+from xshmd.model import Guest, GuestConfig, GuestState, Holder, Process, Prot, Snapshot
 from xshmd.policy.changes import ChangePlan
 from xshmd.ports import CreationLock, EventChannels, Hypervisor, Keeper, Store
 from xshmd.ranges import Part

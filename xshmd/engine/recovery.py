@@ -23,7 +23,8 @@ from xshmd.engine.pauses import pause_count
 from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone
-from xshmd.model import DomainInfo, Guest, GuestState
+from xshmd.machine import DomainInfo
+from xshmd.model import Guest, GuestState
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.ports import Hypervisor
 

@@ -31,7 +31,8 @@ from xshmd.engine.window_plan import Join, members, new_window, nr_moved, placed
 from xshmd.engine.window_records import Phase, Window
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
-from xshmd.model import Event, EventKind, Guest, GuestState, Holder, Region
+from xshmd.events import Event, EventKind
+from xshmd.model import Guest, GuestState, Holder, Region
 from xshmd.policy.sealing import Pace, check_alike, check_pause, count_of
 from xshmd.ports import Hypervisor, Keeper
 from xshmd.units import Gfn, bytes_of

@@ -10,31 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion, Step
 from xshmd.errors import (
     XshmError,
     combined,
 )
+from xshmd.host_policy import NO_POLICY, HostPolicy
+from xshmd.machine import DomainInfo, HostInfo
 from xshmd.model import (
-    NO_POLICY,
-    AddRegion,
-    AttachRegion,
-    Change,
-    DetachRegion,
-    DomainInfo,
     Guest,
     GuestConfig,
     GuestState,
     GuestType,
-    HostInfo,
-    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,
     RegionTerms,
-    RemoveRegion,
     Role,
     Snapshot,
-    Step,
 )
 from xshmd.policy import quota_rules, refusals, rules
 from xshmd.policy.definitions import terms_by_id

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from xshmd.machine import Arch
 from xshmd.model import (
     MAX_DOORBELLS,
     MAX_REGION_ID_LENGTH,
-    Arch,
     Backing,
     Isolation,
     Lifetime,

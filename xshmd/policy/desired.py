@@ -11,14 +11,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from xshmd.changes import AttachRegion, Change, DetachRegion, RemoveRegion
+from xshmd.declarations import Declarations
 from xshmd.errors import Conflict
 from xshmd.model import (
     UNPLACED,
     WHOLE_REGION,
-    AttachRegion,
-    Change,
-    Declarations,
-    DetachRegion,
     Guest,
     GuestConfig,
     GuestState,
@@ -26,7 +24,6 @@ from xshmd.model import (
     Region,
     RegionConfig,
     RegionRequest,
-    RemoveRegion,
     Snapshot,
 )
 from xshmd.policy import kept_terms

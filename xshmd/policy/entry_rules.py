@@ -17,15 +17,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from xshmd.model import (
-    DOMAIN_0,
-    UNPLACED,
-    Arch,
-    CachePolicy,
-    GuestConfig,
-    RegionRequest,
-    Role,
-)
+from xshmd.machine import Arch
+from xshmd.model import DOMAIN_0, UNPLACED, CachePolicy, GuestConfig, RegionRequest, Role
 from xshmd.policy import layout
 from xshmd.policy.findings import Findings, config_error, refused, region_at
 from xshmd.units import address_of

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from xshmd.model import DOMAIN_0, Arch, Backing, GuestConfig, HostInfo, Isolation, Transport
+from xshmd.machine import Arch, HostInfo
+from xshmd.model import DOMAIN_0, Backing, GuestConfig, Isolation, Transport
 from xshmd.policy.definitions import Definition, Said
 from xshmd.policy.findings import Findings, refused
 from xshmd.policy.host import security_module

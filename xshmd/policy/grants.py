@@ -13,17 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from xshmd.model import (
-    Grant,
-    Guest,
-    GuestConfig,
-    Holder,
-    HostInfo,
-    Piece,
-    Region,
-    RegionConfig,
-    Transport,
-)
+from xshmd.machine import HostInfo
+from xshmd.model import Grant, Guest, GuestConfig, Holder, Piece, Region, RegionConfig, Transport
 from xshmd.policy.definitions import terms_by_id
 from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, Gfn
 

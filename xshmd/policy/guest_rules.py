@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from xshmd.model import Arch, GuestConfig, GuestType, HostInfo, Place
+from xshmd.machine import Arch, HostInfo
+from xshmd.model import GuestConfig, GuestType, Place
 from xshmd.policy.findings import Findings, refused
 
 XEN_FLOOR: Final = {Arch.X86_64: (4, 19), Arch.ARM64: (4, 18)}

@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from xshmd.declarations import Declarations
 from xshmd.model import (
     NOWHERE,
     Backing,
-    Declarations,
     GuestConfig,
     GuestState,
     Place,

@@ -11,7 +11,7 @@ import enum
 import re
 from typing import Final
 
-from xshmd.model import Arch, HostInfo
+from xshmd.machine import Arch, HostInfo
 from xshmd.units import PAGE_SIZE, human_size
 
 FIRST_XEN: Final = {Arch.X86_64: (4, 19), Arch.ARM64: (4, 18)}

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xshmd.errors import Refused
-from xshmd.model import HostRange, Place
+from xshmd.machine import HostRange
+from xshmd.model import Place
 from xshmd.units import PAGE_SHIFT, Mfn
 
 

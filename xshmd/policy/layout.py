@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from xshmd.model import Arch, GuestConfig, GuestType
+from xshmd.machine import Arch
+from xshmd.model import GuestConfig, GuestType
 from xshmd.units import MAX_GUEST_ADDRESS_BITS, Gfn, address_of, gfn_of
 
 MIB: Final = 1 << 20

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from xshmd.model import MemoryKind, MemoryRange
+from xshmd.machine import MemoryKind, MemoryRange
 from xshmd.units import PAGE_SIZE
 
 START_INFO_BYTES: Final = 56

@@ -16,14 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from xshmd.errors import XshmError, combined
-from xshmd.model import (
-    DOMAIN_0,
-    UNPLACED,
-    WHOLE_REGION,
-    Arch,
-    GuestConfig,
-    RegionRequest,
-)
+from xshmd.machine import Arch
+from xshmd.model import DOMAIN_0, UNPLACED, WHOLE_REGION, GuestConfig, RegionRequest
 from xshmd.policy import layout
 from xshmd.policy.findings import config_error, region_at
 from xshmd.units import SUPERPAGE_FRAMES, Gfn, bytes_of, human_size

@@ -12,13 +12,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from xshmd.errors import XshmError, combined
+from xshmd.host_policy import NO_POLICY, HostPolicy
+from xshmd.machine import HostInfo
 from xshmd.model import (
-    NO_POLICY,
     USUAL_TERMS,
     Backing,
     GuestConfig,
-    HostInfo,
-    HostPolicy,
     Lifetime,
     RegionConfig,
     RegionRequest,

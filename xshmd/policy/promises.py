@@ -17,13 +17,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from xshmd.errors import XshmError
+from xshmd.machine import Arch, HostInfo
 from xshmd.model import (
-    Arch,
     Backing,
     CachePolicy,
     GuestConfig,
     GuestType,
-    HostInfo,
     Isolation,
     Prot,
     ProtEnforcement,

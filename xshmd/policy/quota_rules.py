@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from xshmd.errors import XshmError
-from xshmd.model import NOWHERE, Allowed, HostPolicy, Lease, Limit, Place
+from xshmd.host_policy import Allowed, HostPolicy, Limit
+from xshmd.model import NOWHERE, Lease, Place
 from xshmd.policy.findings import Findings, out_of_memory, refused
 from xshmd.policy.holdings import Holdings
 from xshmd.units import PAGE_SHIFT, bytes_of, human_size

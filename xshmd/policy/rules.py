@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from xshmd.errors import XshmError
-from xshmd.model import Arch, Guest, GuestConfig, GuestState, HostInfo, Region, RegionConfig
+from xshmd.machine import Arch, HostInfo
+from xshmd.model import Guest, GuestConfig, GuestState, Region, RegionConfig
 from xshmd.policy import definition_rules, entry_rules, grant_rules, guest_rules, region_rules
 from xshmd.policy.definitions import Claim, Definition, Said
 from xshmd.policy.entry_rules import AddressSpace, overlapping

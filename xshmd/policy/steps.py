@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from xshmd.model import GuestState, Lifetime, Region, Step
+from xshmd.changes import Step
+from xshmd.model import GuestState, Lifetime, Region
 from xshmd.policy.grouping import is_new_home
 from xshmd.units import address_of, bytes_of, human_size
 

@@ -24,7 +24,8 @@ from xshmd.errors import (
     UsageError,
     XshmError,
 )
-from xshmd.model import Backing, Event, EventKind, Guest, GuestState, Prot, Region, RegionRequest
+from xshmd.events import Event, EventKind
+from xshmd.model import Backing, Guest, GuestState, Prot, Region, RegionRequest
 from xshmd.ranges import ByteRange, Part, check_list
 from xshmd.share.lists import Direction, Lists, Outcome, PostedList
 from xshmd.units import bytes_of

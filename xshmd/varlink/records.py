@@ -10,20 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from xshmd.changes import AddRegion, AttachRegion, Change, DetachRegion, RemoveRegion, Step
 from xshmd.errors import UsageError
+from xshmd.events import Event
 from xshmd.model import (
     MAX_DOORBELLS,
     UNPLACED,
     USUAL_TERMS,
     WHOLE_REGION,
-    AddRegion,
-    AttachRegion,
     Backing,
     CachePolicy,
-    Change,
-    DetachRegion,
     DoorbellRoute,
-    Event,
     Guest,
     GuestState,
     Isolation,
@@ -39,10 +36,8 @@ from xshmd.model import (
     RegionConfig,
     RegionRequest,
     RegionTerms,
-    RemoveRegion,
     Role,
     Snapshot,
-    Step,
     Transport,
 )
 from xshmd.units import MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, frames_of

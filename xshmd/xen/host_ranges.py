@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from xshmd.model import HostRange, MemoryKind, MemoryRange
+from xshmd.machine import HostRange, MemoryKind, MemoryRange
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, Mfn
 
 SYSFS: Final = Path("/sys")

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, PartialMap, XenUnavailable
-from xshmd.model import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
+from xshmd.machine import Arch, DomainInfo, HostInfo, HostRange, MemoryRange
 from xshmd.ranges import ByteRange
 from xshmd.units import (
     DOMID_FIRST_RESERVED,

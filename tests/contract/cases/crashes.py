@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import HypercallFailed, PartialMap
-from xshmd.model import SHUTDOWN_CRASH, Arch
+from xshmd.machine import SHUTDOWN_CRASH, Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId, Gfn, Mfn
 

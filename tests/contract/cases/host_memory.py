@@ -6,9 +6,7 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import HypercallFailed
-from xshmd.model import (
-    Arch,
-)
+from xshmd.machine import Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import SUPERPAGE_FRAMES, Gfn, Mfn, bytes_of
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import HypercallFailed, PartialMap
-from xshmd.model import (
-    Arch,
-)
+from xshmd.machine import Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, DomId, Gfn
 

@@ -6,11 +6,7 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import DomainGone, HypercallFailed
-from xshmd.model import (
-    Arch,
-    MemoryKind,
-    MemoryRange,
-)
+from xshmd.machine import Arch, MemoryKind, MemoryRange
 from xshmd.ports import Hypervisor
 
 from ..host import (

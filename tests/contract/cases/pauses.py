@@ -6,12 +6,7 @@ from __future__ import annotations
 import errno
 
 from xshmd.errors import HypercallFailed
-from xshmd.model import (
-    SHUTDOWN_CRASH,
-    SHUTDOWN_POWEROFF,
-    SHUTDOWN_REBOOT,
-    SHUTDOWN_WATCHDOG,
-)
+from xshmd.machine import SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_WATCHDOG
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId
 

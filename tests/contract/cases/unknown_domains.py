@@ -7,9 +7,7 @@ import errno
 from collections.abc import Callable
 
 from xshmd.errors import DomainGone, HypercallFailed, XshmError
-from xshmd.model import (
-    SHUTDOWN_POWEROFF,
-)
+from xshmd.machine import SHUTDOWN_POWEROFF
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, DomId, Mfn
 

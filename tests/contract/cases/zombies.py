@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from xshmd.errors import HypercallFailed, OutOfMemory, PartialMap
-from xshmd.model import SHUTDOWN_POWEROFF, Arch
+from xshmd.machine import SHUTDOWN_POWEROFF, Arch
 from xshmd.ports import Hypervisor, PageMap
 from xshmd.units import DomId, Gfn, bytes_of
 
