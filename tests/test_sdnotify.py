@@ -59,7 +59,7 @@ async def test_the_watchdog_is_fed_while_the_reconciler_comes_round(
             assert len(heard) >= 2  # one may be lost
             assert set(heard) == {"WATCHDOG=1\nSTATUS=0 regions, 0 guests"}
         # Whatever the one writer is stuck in; all else of the daemon goes on.
-        daemon.engine._put.send_nowait(trio.sleep_forever)
+        daemon.engine._loop.put(trio.sleep_forever)
         await trio.sleep(WATCHDOG_S)
         manager.heard()
         await trio.sleep(10 * WATCHDOG_S)
