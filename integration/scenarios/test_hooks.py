@@ -277,7 +277,7 @@ def test_a_journal_that_stops_holds_nobody_up(host: Host, journald: Journald) ->
         guest = host.guest("served", Entry(region, host.at))
         began = time.monotonic()
         for _ in range(40):
-            host.xshmctl("reload", check=False)  # each leaves entries, more than a socket holds
+            host.ask("call", "Reload", {})  # each leaves entries, more than a socket holds
         host.create(guest)
         host.wait_said(guest, "hello .*")
         host.destroy(guest)
