@@ -37,7 +37,7 @@ NOT_OF_XEN: Final = frozenset(
         "_call", "_inject", "fail", "check", "_check_conservation", "close_maps", "guest_read",
         "entry_register",  # None for a vCPU that is down, and none is ever up in the contract
         "guest_write", "foreign_frames", "_guest_pages", "__init__", "_crash", "_short",
-        # what only guests can show, in integration/scenarios/test_grants.py
+        # what only guests can show, in integration/scenarios/test_guest_to_guest.py
         "silo", "guest_map_grants", "_release_mappings",
     }
 )  # fmt: skip

@@ -109,6 +109,15 @@ def host(session_host: Host) -> Host:
     return session_host
 
 
+@pytest.fixture
+def short_grace(host: Host) -> Iterator[None]:
+    """For scenarios whose guests crash: nobody need wait half a minute for them to be back."""
+    with host.daemon_with("--reboot-grace", "3"):
+        yield
+        host.clean_up()
+        host.wait(lambda: not host.guests(), "they are forgotten")
+
+
 @contextmanager
 def booted(arch: str, name: str, **unusual: Any) -> Iterator[Host]:
     """Boot a machine and warm it up.

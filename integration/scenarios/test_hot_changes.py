@@ -75,7 +75,7 @@ def test_attach_to_a_running_guest(host: Host) -> None:
     host.destroy(guest, peer)
 
 
-def test_detach_from_a_running_guest(host: Host) -> None:
+def test_detach_from_a_running_guest(host: Host, short_grace: None) -> None:
     """A region is taken from a guest that runs: nothing is at its frames any more, the guest runs
     on until it touches them, and the other member notices nothing."""
     go, more = host.unique("go"), host.unique("more")

@@ -11,7 +11,7 @@ from integration.scenarios.test_hot_changes import end, members, wait_nothing_th
 
 
 @pytest.mark.alike
-def test_an_owner_that_is_gone_takes_its_region_along(host: Host) -> None:
+def test_an_owner_that_is_gone_takes_its_region_along(host: Host, short_grace: None) -> None:
     """The usual lifetime: the owner is destroyed, and the region is withdrawn from its borrower,
     which runs on with what else it has, and freed."""
     own, lent = host.unique("own"), host.unique("lent")
@@ -70,6 +70,7 @@ def test_an_owner_that_ends_while_the_daemon_is_down(host: Host) -> None:
     assert host.domid(borrower) is not None
     assert [guest["regions"] for guest in host.guests()] == [[]]
     host.destroy(borrower)
+    host.wait(lambda: not host.guests(), "the borrower is forgotten")
     host.stop_daemon()
 
 
