@@ -124,9 +124,10 @@ def test_guest_ends_while_the_daemon_is_down(host: Host) -> None:
     host.create(goes)
     host.stop_daemon(signal.SIGKILL)
     host.destroy(goes)
-    host.start_daemon()
+    host.start_daemon("--reboot-grace", "3")
     host.wait(lambda: [r["id"] for r in host.regions()] == [region], f"{own} is freed")
     host.destroy(stays)
+    host.wait(lambda: not host.guests(), "it is forgotten")
     host.stop_daemon()  # the next scenario has one with the usual options
 
 
@@ -138,7 +139,7 @@ def test_all_guests_end_while_the_daemon_is_down(host: Host) -> None:
     host.wait_said(guest, "hello .*")
     host.stop_daemon(signal.SIGKILL)
     host.destroy(guest)
-    host.start_daemon()
+    host.start_daemon("--reboot-grace", "3")
     host.wait(lambda: not host.regions(), "the region is freed")
     host.wait(lambda: len(host.ask("domains")) == 1, "the holder is gone")
     host.stop_daemon()
