@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "": set(),
     "units": set(),
     "errors": set(),
-    "ranges": {"errors"},
+    "ranges": {"errors", "units"},
     "machine": {"units"},
     "model": {"units"},
     "host_policy": {"model"},

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xshmd.errors import Conflict, OutOfRange, UsageError
+from xshmd.units import is_within
 
 MAX_RANGES: Final = 64
 """Ranges in one list, at the most."""
@@ -76,7 +77,7 @@ def check_list(ranges: Sequence[ByteRange], size_bytes: int, what: str) -> None:
             raise OutOfRange(
                 f"a range of {each.nr_bytes} bytes", hint=f"{what} is {size_bytes} bytes"
             )
-        if each.offset_bytes < 0 or each.offset_bytes > size_bytes - each.nr_bytes:
+        if not is_within(each.offset_bytes, each.nr_bytes, size_bytes):
             raise OutOfRange(
                 f"{each.nr_bytes} bytes at {each.offset_bytes} are not all in {what}",
                 hint=f"it is {size_bytes} bytes",

@@ -2,7 +2,8 @@
 """The quantities Xen speaks in, so that no number in the code is ever a bare page or size.
 
 Terms are those of Xen's ``xen/include/xen/mm.h``: a *gfn* is what a guest's second-stage tables are
-indexed by, an *mfn* is a machine frame.  Only this module converts between bytes and frames.
+indexed by, an *mfn* is a machine frame.  Only this module converts between bytes and frames, and
+only :func:`is_within` says whether a range of either is inside what it is to be inside of.
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ def gfn_of(address_bytes: int) -> Gfn:
 def address_of(gfn: Gfn) -> int:
     """Return the guest-physical address in bytes at which frame ``gfn`` starts."""
     return gfn << PAGE_SHIFT
+
+
+def is_within(start: int, count: int, limit: int) -> bool:
+    """Return whether ``count`` bytes or frames from ``start`` on all lie from 0 to below ``limit``.
+
+    All three are in the same unit.  No sum is made of what a stranger said, so that this is right
+    in C too, where numbers wrap; none at all (``count`` 0) may also be at the very end.
+    """
+    return start >= 0 and 0 <= count <= limit and start <= limit - count
 
 
 def human_size(size_bytes: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from xshmd.errors import DomainGone
 from xshmd.machine import DomainInfo
-from xshmd.units import PAGE_SIZE, DomId, Gfn
+from xshmd.units import PAGE_SIZE, DomId, Gfn, is_within
 
 
 class Dom0Memory:
@@ -44,12 +44,11 @@ class Dom0Memory:
         )  # fmt: skip
 
     def map_pages(self, domid: DomId, first_gfn: Gfn, nr_frames: int, *, writable: bool) -> Pages:
-        start = (first_gfn - self.first_gfn) * PAGE_SIZE
-        end = start + nr_frames * PAGE_SIZE
-        if domid != self.domid or start < 0 or end > len(self.content):
+        start, size = (first_gfn - self.first_gfn) * PAGE_SIZE, nr_frames * PAGE_SIZE
+        if domid != self.domid or not is_within(start, size, len(self.content)):
             raise DomainGone("no such frames", call="xenforeignmemory_map", errno=3)
         self.nr_mapped += 1
-        return Pages(self, start, end)
+        return Pages(self, start, start + size)
 
 
 class Pages:

@@ -11,7 +11,7 @@ import functools
 from typing import Final
 
 from xshmd.errors import OutOfMemory
-from xshmd.units import PAGE_SIZE
+from xshmd.units import PAGE_SIZE, is_within
 from xshmd.xen.buffers import Buffers, Lent
 from xshmd.xen.errno_table import failure
 
@@ -29,7 +29,7 @@ class FakePages:
         self.data = bytearray(nr_pages * PAGE_SIZE)
 
     def _window(self, offset_bytes: int, nr_bytes: int) -> slice:
-        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > len(self.data):
+        if not is_within(offset_bytes, nr_bytes, len(self.data)):
             raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the buffer")
         return slice(offset_bytes, offset_bytes + nr_bytes)
 

@@ -12,7 +12,16 @@ from typing import Final
 
 from fakes.objects import Domain, ModelViolation, Page
 from xshmd.machine import Arch, HostRange
-from xshmd.units import DOMID_FIRST_RESERVED, PAGE_SIZE, SUPERPAGE_ORDER, DomId, Gfn, Mfn, bytes_of
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    PAGE_SIZE,
+    SUPERPAGE_ORDER,
+    DomId,
+    Gfn,
+    Mfn,
+    bytes_of,
+    is_within,
+)
 from xshmd.xen.errno_table import failure
 
 ZERO_UUID: Final = "00000000-0000-0000-0000-000000000000"
@@ -60,7 +69,7 @@ class SimulatedMap:
     def _pieces(self, offset_bytes: int, nr_bytes: int) -> Iterator[tuple[Page, int, int]]:
         if not self._pages:
             raise ValueError("the mapping is closed")
-        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(len(self._pages)):
+        if not is_within(offset_bytes, nr_bytes, bytes_of(len(self._pages))):
             raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the mapping")
         while nr_bytes:
             index, inside = divmod(offset_bytes, PAGE_SIZE)

@@ -13,7 +13,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from xshmd.errors import DaemonUnreachable, UsageError
-from xshmd.units import DOMID_FIRST_RESERVED, MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    MAX_GUEST_ADDRESS_BITS,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    is_within,
+)
 
 _FRAME_LIMIT: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
 
@@ -44,7 +50,7 @@ def part_of(total_bytes: int, offset_bytes: int, size_bytes: int | None) -> Part
     """
     offset_bytes = operator.index(offset_bytes)
     size_bytes = total_bytes - offset_bytes if size_bytes is None else operator.index(size_bytes)
-    if offset_bytes < 0 or size_bytes < 1 or offset_bytes + size_bytes > total_bytes:
+    if size_bytes < 1 or not is_within(offset_bytes, size_bytes, total_bytes):
         raise UsageError(
             f"{size_bytes} bytes at {offset_bytes} cannot be had of a region of {total_bytes}",
             hint="offset and size are bytes; at least one, and all of them in the region",
@@ -82,7 +88,7 @@ class Whereabouts:
             nr_frames=_within(fields, "frameCount", 1, _FRAME_LIMIT),
             transport=str(fields.get("transport")),
         )
-        if found.first_gfn + found.nr_frames > _FRAME_LIMIT:
+        if not is_within(found.first_gfn, found.nr_frames, _FRAME_LIMIT):
             raise _nonsense("frameCount", found.nr_frames)
         return found
 

@@ -26,7 +26,7 @@ from xshmd.config.findings import config_error
 from xshmd.config.xlcfg import shown
 from xshmd.errors import ConfigError
 from xshmd.model import Place, Role
-from xshmd.units import PAGE_SIZE, human_size
+from xshmd.units import PAGE_SIZE, human_size, is_within
 
 KEY: Final = "xen,shared-mem"
 _LIMIT: Final = 1 << 64
@@ -199,7 +199,7 @@ def _wrong_alone(member: Member, reading: Reading) -> Iterator[ConfigError]:
             rule="size-zero",
         )
     for name, number in parts[:2]:
-        if number is not None and number + reading.size > _LIMIT:
+        if number is not None and not is_within(number, reading.size, _LIMIT):
             yield config_error(
                 member.place,
                 f"{KEY}: {name} {number:#x} + size {reading.size:#x} is beyond 64 bits",

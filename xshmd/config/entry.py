@@ -36,7 +36,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.units import PAGE_SIZE, Gfn
+from xshmd.units import PAGE_SIZE, Gfn, is_within
 
 _ROLES: Final = {
     "owner": Role.OWNER, "borrower": Role.BORROWER,
@@ -120,7 +120,7 @@ class Entry:
         offset = self._values.pages("offset") or 0
         prot = self._prot(form) or Prot.RW
         terms = self._owners_terms(prot) if role is not Role.BORROWER else USUAL_TERMS
-        if count and offset + count > _FRAMES_LIMIT:
+        if count and not is_within(offset, count, _FRAMES_LIMIT):
             self._values.wrong(
                 "beyond-64-bits", "offset + size is beyond 64 bits", "choose a smaller offset"
             )
@@ -212,7 +212,9 @@ class Entry:
                 "size=0: a region has at least one page",
                 f"say size={PAGE_SIZE:#x} or more",
             )
-        if begin is not None and count is not None and begin + count > _FRAMES_LIMIT:
+        if begin is None or count is None or begin == UNPLACED:
+            return begin, count
+        if not is_within(begin, count, _FRAMES_LIMIT):
             self._values.wrong(
                 "beyond-64-bits",
                 "begin + size is beyond 64 bits",

@@ -76,7 +76,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.units import PAGE_SIZE, Gfn, bytes_of, human_size
+from xshmd.units import PAGE_SIZE, Gfn, bytes_of, human_size, is_within
 
 REGION_KEYS: Final = (
     "size", "owner", "external", "lifetime", "prot", "cache_policy", "transport", "isolation",
@@ -234,7 +234,7 @@ class _Region:
         if is_owner:
             self._check_owner(keys, nr_frames, prot)
         for start, key in ((begin, "begin"), (offset, "offset")):
-            if bytes_of((start or 0) + nr_frames) > ADDRESS_LIMIT:
+            if not is_within(bytes_of(start or 0), bytes_of(nr_frames), ADDRESS_LIMIT):
                 what = f"{key} + size is beyond 64 bits"
                 keys.wrong(key, "beyond-64-bits", what, "choose smaller numbers")
         return RegionRequest(
@@ -298,7 +298,9 @@ class _Region:
             keys.wrong(
                 "host_address", "host-address", what, 'say backing = "host", or leave it out'
             )
-        if host is not None and bytes_of(host + self._nr_frames) > ADDRESS_LIMIT:
+        if host is not None and not is_within(
+            bytes_of(host), bytes_of(self._nr_frames), ADDRESS_LIMIT
+        ):
             what = "host_address + size is beyond 64 bits"
             keys.wrong("host_address", "beyond-64-bits", what, "choose smaller numbers")
         return RegionTerms(

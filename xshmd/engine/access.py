@@ -17,7 +17,7 @@ from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
 from xshmd.model import Backing, Holder, Piece, Region
 from xshmd.ports import Hypervisor, Keeper
-from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of, is_within
 
 log = structlog.get_logger()
 
@@ -175,7 +175,7 @@ def _check_bounds(region: Region, offset_bytes: int, nr_bytes: int) -> None:
             f"{nr_bytes} bytes of a region at a time",
             hint=f"read and write it in pieces of 1 to {MAX_ACCESS_BYTES} bytes",
         )
-    if offset_bytes < 0 or offset_bytes + nr_bytes > region.size_bytes:
+    if not is_within(offset_bytes, nr_bytes, region.size_bytes):
         raise UsageError(
             f"{nr_bytes} bytes at {offset_bytes} are not in region {region.region_id}",
             hint=f"it has {region.size_bytes} bytes",

@@ -20,7 +20,7 @@ from xshmd.errors import Conflict, DomainGone, HypercallFailed, Refused, XshmErr
 from xshmd.model import Backing, Guest, Holder, Region, RegionRequest
 from xshmd.policy.host_ranges import check_shareable
 from xshmd.ports import Hypervisor
-from xshmd.units import PAGE_SHIFT, SUPERPAGE_FRAMES, Gfn, Mfn, address_of
+from xshmd.units import PAGE_SHIFT, SUPERPAGE_FRAMES, Gfn, Mfn, address_of, is_within
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def mappings(guest: Guest, regions: dict[str, Region]) -> tuple[Mapping, ...]:
                 hint="start the guest again",
                 region=request.region_id,
             )
-        if request.offset_frames + request.nr_frames > region.nr_frames:
+        if not is_within(request.offset_frames, request.nr_frames, region.nr_frames):
             # The rules said so before; this is where it would hand out somebody else's frames.
             raise Conflict(
                 f"{request.place}: region {request.region_id} is smaller than what guest "
@@ -211,11 +211,12 @@ def _verify_guest(xen: Hypervisor, guest: Guest, wanted: Sequence[Mapping]) -> N
             hint='say type="pvh" and leave hap alone',
             domid=guest.domid,
         )
-    for mapping in wanted:
-        if mapping.request.end_gfn > 1 << (info.gpaddr_bits - PAGE_SHIFT):
+    limit_gfn = 1 << (info.gpaddr_bits - PAGE_SHIFT)
+    for request in (mapping.request for mapping in wanted):
+        if not is_within(request.first_gfn, request.nr_frames, limit_gfn):
             raise Refused(
-                f"{mapping.request.place}: region {mapping.request.region_id} ends at "
-                f"{address_of(mapping.request.end_gfn):#x}, beyond the {info.gpaddr_bits} address "
+                f"{request.place}: region {request.region_id} ends at "
+                f"{address_of(request.end_gfn):#x}, beyond the {info.gpaddr_bits} address "
                 "bits Xen can map for a guest on this machine",
                 hint="say a lower begin",
                 domid=guest.domid,

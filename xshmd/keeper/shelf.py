@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from xshmd.errors import Conflict
 from xshmd.ports import PageMap
-from xshmd.units import PAGE_SIZE, DomId, Gfn, bytes_of
+from xshmd.units import DomId, Gfn, bytes_of, is_within
 
 COPY_BYTES: Final = 256 * 1024
 """How much is copied at a time: it comes by the cache twice."""
@@ -58,7 +58,8 @@ class Shelf:
         if name not in self._pieces:
             raise Conflict(f"xshmd-keeper keeps nothing as {name}", hint="it may be another by now")
         start, end = 0, offset_bytes + nr_bytes
-        if offset_bytes < 0 or end > sum(nr for nr, _ in self._pieces[name]) * PAGE_SIZE:
+        kept_bytes = bytes_of(sum(nr_frames for nr_frames, _ in self._pieces[name]))
+        if not is_within(offset_bytes, nr_bytes, kept_bytes):
             raise Conflict(f"xshmd-keeper keeps fewer than {end} bytes as {name}")
         for nr_frames, piece in self._pieces[name]:
             stop = start + bytes_of(nr_frames)

@@ -25,7 +25,7 @@ from xshmd.policy import sealing
 from xshmd.policy.definitions import Claim, Definition, Said
 from xshmd.policy.findings import Findings, config_error, conflict, refused, region_at
 from xshmd.policy.kept_terms import differences
-from xshmd.units import Gfn, address_of, bytes_of, human_size
+from xshmd.units import Gfn, address_of, bytes_of, human_size, is_within
 
 USUAL_PLACES: Final = "/etc/xen, /etc/xshmd/guests.d or /etc/xshmd/regions.d"
 
@@ -201,8 +201,9 @@ def beyond_end(case: Case) -> Findings:
         return
     total = bytes_of(definition.nr_frames)
     # Whoever wants all there is from an offset on wants one frame at least.
-    end = request.offset_frames + (request.nr_frames or 1)
-    if end > definition.nr_frames:
+    nr_frames = request.nr_frames or 1
+    if not is_within(request.offset_frames, nr_frames, definition.nr_frames):
+        end = request.offset_frames + nr_frames
         if case.region is not None:
             whose = f"{definition.who} has"
         else:

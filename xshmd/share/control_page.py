@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from xshmd.model import MAX_DOORBELLS, PeerState
-from xshmd.units import PAGE_SIZE
+from xshmd.units import PAGE_SIZE, is_within
 
 MAGIC: Final = 0x50485358  # "XSHP"
 VERSION: Final = 1
@@ -141,11 +141,13 @@ def watches(page: bytes, size_bytes: int) -> Iterator[Watch]:
         page: The page.
         size_bytes: Size of the region; what a watch says beyond it is no watch.
     """
-    last_word = size_bytes - PAGE_SIZE - 4
+    counted_bytes = size_bytes - PAGE_SIZE
     for peer_id in range(MAX_DOORBELLS + 1):
         for slot in range(WATCHES_PER_PEER):
             address, counter = WATCH.unpack_from(page, watch_at(peer_id, slot))
             # A counter lies outside the control page: a trigger never changes that.
-            fits = counter == NO_COUNTER or (counter % 4 == 0 and counter <= last_word)
+            fits = counter == NO_COUNTER or (
+                counter % 4 == 0 and is_within(counter, 4, counted_bytes)
+            )
             if 0 < address <= size_bytes and fits:
                 yield Watch(peer_id, address - 1, counter)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from xshmd.units import is_within
 from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.memory import Memory
 from xshmd.vhost_user.virtqueue import BrokenQueue, Buffer, Chain, read_all, write_all
@@ -74,7 +75,7 @@ class BlockDevice:
         """Return the status and what goes into the driver's buffers."""
         start, size = sector * SECTOR_BYTES, len(data) if kind == _OUT else room
         if kind in (_IN, _OUT) and (
-            size % SECTOR_BYTES or sector + size // SECTOR_BYTES > self._sectors
+            size % SECTOR_BYTES or not is_within(sector, size // SECTOR_BYTES, self._sectors)
         ):
             return _IO_ERROR, b""
         try:

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
-from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, is_within
 from xshmd.vhost_user import table
 from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
 from xshmd.vhost_user.wire import ProtocolViolation
@@ -225,7 +225,7 @@ class Memory:
     ) -> tuple[_Mapped, int]:
         for each in self._mapped:
             offset = address - start_of(each.region)
-            if size_bytes >= 0 and 0 <= offset <= each.region.size_bytes - size_bytes:
+            if is_within(offset, size_bytes, each.region.size_bytes):
                 return each, offset
         raise OutsideMemory(f"{size_bytes} bytes at {address:#x} are not in the memory table")
 

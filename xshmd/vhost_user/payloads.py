@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from xshmd.units import is_within
 from xshmd.vhost_user.wire import MAX_CONFIG_BYTES, MAX_TABLE_REGIONS, ProtocolViolation
 
 
@@ -153,7 +154,7 @@ def decode_config(payload: bytes) -> Config:
         raise ProtocolViolation(f"a payload has {len(payload)} bytes, too few")
     offset, size, flags = _CONFIG.unpack_from(payload)
     data = payload[_CONFIG.size :]
-    if size != len(data) or offset + size > MAX_CONFIG_BYTES:
+    if size != len(data) or not is_within(offset, size, MAX_CONFIG_BYTES):
         raise ProtocolViolation(f"{size} bytes of configuration at {offset}")
     return Config(offset, flags, data)
 

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from xshmd.units import DOMID_FIRST_RESERVED, MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE
+from xshmd.units import (
+    DOMID_FIRST_RESERVED,
+    MAX_GUEST_ADDRESS_BITS,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    is_within,
+)
 from xshmd.vhost_user.payloads import KNOWN_XEN_FLAGS, MemoryRegion, XenFlag
 from xshmd.vhost_user.wire import ProtocolViolation
 
@@ -41,7 +47,7 @@ def check(region: MemoryRegion, others: Iterable[MemoryRegion] = (), *, xen: boo
         (region.user_address, ADDRESS_LIMIT),
         (region.mmap_offset, FILE_LIMIT),
     ):
-        if start + region.size_bytes > limit:
+        if not is_within(start, region.size_bytes, limit):
             raise ProtocolViolation(f"{where} of {region.size_bytes} bytes ends past all addresses")
     if xen:
         _check_xen(region, where)
@@ -95,9 +101,11 @@ def _check_xen(region: MemoryRegion, where: str) -> None:
             raise ProtocolViolation(f"{where} is not of whole frames")
     nr_frames = region.size_bytes >> PAGE_SHIFT
     if flags & XenFlag.FOREIGN:
-        if first_frame(region) + nr_frames > 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT):
+        if not is_within(
+            first_frame(region), nr_frames, 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
+        ):
             raise ProtocolViolation(f"{where} ends where no domain has memory")
-    elif region.mmap_offset or first_grant(region) + nr_frames > GRANT_LIMIT:
+    elif region.mmap_offset or not is_within(first_grant(region), nr_frames, GRANT_LIMIT):
         raise ProtocolViolation(f"{where} has grant references that there cannot be")
 
 

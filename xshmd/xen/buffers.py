@@ -23,7 +23,7 @@ from xshmd.errors import (
     OutOfRange,
     QuotaExceeded,
 )
-from xshmd.units import PAGE_SIZE, bytes_of, human_size
+from xshmd.units import PAGE_SIZE, bytes_of, human_size, is_within
 
 BufferId = NewType("BufferId", int)
 """Which buffer: from 1 on, never given again."""
@@ -424,7 +424,7 @@ def _busy(what: str) -> BufferBusy:
 
 
 def _check_inside(piece: _Piece, reference: int, offset_bytes: int, nr_bytes: int) -> None:
-    if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > piece.size_bytes:
+    if not is_within(offset_bytes, nr_bytes, piece.size_bytes):
         raise OutOfRange(
             f"{nr_bytes} bytes at {offset_bytes} are not in memory {reference:#x}",
             hint=f"it has {piece.size_bytes} bytes",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from xshmd.errors import OutOfMemory
-from xshmd.units import bytes_of
+from xshmd.units import bytes_of, is_within
 
 
 class CallPages:
@@ -26,7 +26,7 @@ class CallPages:
         self.address = int(ffi.cast("uintptr_t", start))
 
     def _window(self, offset_bytes: int, nr_bytes: int) -> Any:
-        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(self._nr_pages):
+        if not is_within(offset_bytes, nr_bytes, bytes_of(self._nr_pages)):
             raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the buffer")
         return self._ffi.buffer(self._ffi.cast("char *", self._start) + offset_bytes, nr_bytes)
 

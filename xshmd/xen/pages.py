@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from xshmd.units import bytes_of
+from xshmd.units import bytes_of, is_within
 
 
 class MappedPages:
@@ -32,7 +32,7 @@ class MappedPages:
     def _window(self, offset_bytes: int, nr_bytes: int) -> Any:
         if self._address is None:
             raise ValueError("the mapping is closed")
-        if offset_bytes < 0 or nr_bytes < 0 or offset_bytes + nr_bytes > bytes_of(self._nr_frames):
+        if not is_within(offset_bytes, nr_bytes, bytes_of(self._nr_frames)):
             raise ValueError(f"{nr_bytes} bytes at {offset_bytes} are outside the mapping")
         return self._ffi.buffer(self._ffi.cast("char *", self._address) + offset_bytes, nr_bytes)
 

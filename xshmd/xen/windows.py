@@ -14,6 +14,8 @@ import mmap
 import os
 from typing import Final
 
+from xshmd.units import is_within
+
 MAP_FIXED: Final = 0x10
 MAP_NORESERVE: Final = 0x4000
 """Both from Linux' asm-generic/mman.h and the same on x86 and Arm; Python names neither."""
@@ -63,7 +65,7 @@ class Window:
     def view(self, offset_bytes: int = 0, size_bytes: int | None = None) -> memoryview:
         """Return some of its bytes, to read and write."""
         end = self.size_bytes if size_bytes is None else offset_bytes + size_bytes
-        if not 0 <= offset_bytes <= end <= self.size_bytes:
+        if not is_within(offset_bytes, end - offset_bytes, self.size_bytes):
             raise ValueError(f"bytes {offset_bytes} to {end} are outside the window")
         return memoryview(self._range)[offset_bytes:end]
 
