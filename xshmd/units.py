@@ -41,6 +41,10 @@ DOMID_ANY: Final = DomId(0x7FF5)
 
 MAX_GUEST_ADDRESS_BITS: Final = 52
 """No architecture Xen runs on has guest-physical addresses wider than this."""
+MAX_GUEST_FRAMES: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
+"""So no frame of a guest has this number or a higher one."""
+ADDRESS_LIMIT: Final = 1 << 64
+"""No address in bytes, and no size that anybody writes down, is as high as this."""
 
 
 def frames_of(size_bytes: int) -> int:

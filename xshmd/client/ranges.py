@@ -10,18 +10,10 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from xshmd.errors import DaemonUnreachable, UsageError
-from xshmd.units import (
-    DOMID_FIRST_RESERVED,
-    MAX_GUEST_ADDRESS_BITS,
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    is_within,
-)
-
-_FRAME_LIMIT: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
+from xshmd.units import DOMID_FIRST_RESERVED, MAX_GUEST_FRAMES, PAGE_SIZE, is_within
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +76,11 @@ class Whereabouts:
         found = cls(
             holder_domid=_within(fields, "holderDomainId", 1, DOMID_FIRST_RESERVED - 1),
             holder_uuid=str(fields.get("holderUuid")),
-            first_gfn=_within(fields, "holderFirstFrame", 0, _FRAME_LIMIT - 1),
-            nr_frames=_within(fields, "frameCount", 1, _FRAME_LIMIT),
+            first_gfn=_within(fields, "holderFirstFrame", 0, MAX_GUEST_FRAMES - 1),
+            nr_frames=_within(fields, "frameCount", 1, MAX_GUEST_FRAMES),
             transport=str(fields.get("transport")),
         )
-        if not is_within(found.first_gfn, found.nr_frames, _FRAME_LIMIT):
+        if not is_within(found.first_gfn, found.nr_frames, MAX_GUEST_FRAMES):
             raise _nonsense("frameCount", found.nr_frames)
         return found
 

@@ -26,10 +26,9 @@ from xshmd.config.findings import config_error
 from xshmd.config.xlcfg import shown
 from xshmd.errors import ConfigError
 from xshmd.model import Place, Role
-from xshmd.units import PAGE_SIZE, human_size, is_within
+from xshmd.units import ADDRESS_LIMIT, PAGE_SIZE, human_size, is_within
 
 KEY: Final = "xen,shared-mem"
-_LIMIT: Final = 1 << 64
 _CELLS_OF_A_NUMBER: Final = (1, 2)
 
 
@@ -199,7 +198,7 @@ def _wrong_alone(member: Member, reading: Reading) -> Iterator[ConfigError]:
             rule="size-zero",
         )
     for name, number in parts[:2]:
-        if number is not None and not is_within(number, reading.size, _LIMIT):
+        if number is not None and not is_within(number, reading.size, ADDRESS_LIMIT):
             yield config_error(
                 member.place,
                 f"{KEY}: {name} {number:#x} + size {reading.size:#x} is beyond 64 bits",

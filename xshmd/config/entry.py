@@ -16,7 +16,7 @@ from xshmd.config.entry_forms import (
     MixedFormsError,
     form_of,
 )
-from xshmd.config.entry_values import ADDRESS_LIMIT, EXAMPLE, Values
+from xshmd.config.entry_values import EXAMPLE, Values
 from xshmd.config.xlcfg import shown
 from xshmd.model import (
     MAX_DOORBELLS,
@@ -36,7 +36,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.units import PAGE_SIZE, Gfn, is_within
+from xshmd.units import ADDRESS_LIMIT, PAGE_SIZE, Gfn, is_within
 
 _ROLES: Final = {
     "owner": Role.OWNER, "borrower": Role.BORROWER,

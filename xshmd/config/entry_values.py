@@ -11,10 +11,9 @@ from xshmd.config.findings import config_error
 from xshmd.config.xlcfg import shown
 from xshmd.errors import ConfigError
 from xshmd.model import Place
-from xshmd.units import PAGE_SIZE, frames_of, human_size
+from xshmd.units import ADDRESS_LIMIT, PAGE_SIZE, frames_of, human_size
 
 EXAMPLE: Final = "id=ID1, begin=0x3a000000, size=0x100000, role=owner"
-ADDRESS_LIMIT: Final = 1 << 64
 
 _T = TypeVar("_T")
 

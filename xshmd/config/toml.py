@@ -52,7 +52,7 @@ from typing import Final
 from xshmd.config.findings import raise_all
 from xshmd.config.guest import normalised_uuid
 from xshmd.config.toml_tree import Source, Table, dotted, read_tree
-from xshmd.config.toml_values import ADDRESS_LIMIT, Keys
+from xshmd.config.toml_values import Keys
 from xshmd.config.xlcfg import shown
 from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError
@@ -76,7 +76,7 @@ from xshmd.model import (
     Role,
     Transport,
 )
-from xshmd.units import PAGE_SIZE, Gfn, bytes_of, human_size, is_within
+from xshmd.units import ADDRESS_LIMIT, PAGE_SIZE, Gfn, bytes_of, human_size, is_within
 
 REGION_KEYS: Final = (
     "size", "owner", "external", "lifetime", "prot", "cache_policy", "transport", "isolation",

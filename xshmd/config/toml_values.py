@@ -15,9 +15,7 @@ from xshmd.config.toml_tree import Table, Value
 from xshmd.config.xlcfg import shown
 from xshmd.errors import ConfigError
 from xshmd.model import Place
-from xshmd.units import PAGE_SIZE, human_size
-
-ADDRESS_LIMIT: Final = 1 << 64
+from xshmd.units import ADDRESS_LIMIT, PAGE_SIZE, human_size
 
 _Word = TypeVar("_Word", bound=enum.StrEnum)
 

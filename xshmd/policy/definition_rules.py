@@ -23,10 +23,9 @@ from xshmd.model import (
 from xshmd.policy.definitions import Definition, Said
 from xshmd.policy.entry_rules import CACHE_POLICY
 from xshmd.policy.findings import Findings, config_error, conflict, refused
-from xshmd.units import MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, human_size
+from xshmd.units import MAX_GUEST_FRAMES, bytes_of, human_size
 
 _ID: Final = re.compile(rf"[_a-zA-Z0-9@-]{{1,{MAX_REGION_ID_LENGTH}}}")
-_MAX_FRAMES: Final = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
 
 
 def bad_id(definition: Definition, said: Said, arch: Arch | None) -> Findings:
@@ -42,8 +41,8 @@ def bad_id(definition: Definition, said: Said, arch: Arch | None) -> Findings:
 
 def size_zero(definition: Definition, said: Said, arch: Arch | None) -> Findings:
     """A region has at least one page and fits into an address space (seeds B10)."""
-    if not 0 < definition.nr_frames <= _MAX_FRAMES:
-        most = human_size(1 << MAX_GUEST_ADDRESS_BITS)
+    if not 0 < definition.nr_frames <= MAX_GUEST_FRAMES:
+        most = human_size(bytes_of(MAX_GUEST_FRAMES))
         yield config_error(
             "size-zero",
             definition.place,

@@ -40,10 +40,17 @@ from xshmd.model import (
     Snapshot,
     Transport,
 )
-from xshmd.units import MAX_GUEST_ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, frames_of
+from xshmd.units import (
+    MAX_GUEST_ADDRESS_BITS,
+    MAX_GUEST_FRAMES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    DomId,
+    Gfn,
+    frames_of,
+)
 
 Fields = dict[str, Any]
-_FRAME_LIMIT = 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
 
 
 # -- what there is ------------------------------------------------------------------------------
@@ -382,7 +389,7 @@ def _place(text: str | None, otherwise: str) -> Place:
 
 
 def _check_range(name: str, value: int, least: int) -> None:
-    if not least <= value < _FRAME_LIMIT:
+    if not least <= value < MAX_GUEST_FRAMES:
         raise UsageError(
             f"{name} is out of range",
             hint=f"no guest has addresses of more than {MAX_GUEST_ADDRESS_BITS} bits",

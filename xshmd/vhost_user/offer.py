@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from xshmd.units import Gfn, address_of, bytes_of
+from xshmd.units import ADDRESS_LIMIT, Gfn, address_of, bytes_of
 from xshmd.vhost_user.payloads import PLAIN, MemoryRegion, VringAddress, XenFlag
 
 Fields = Mapping[str, Any]
@@ -162,6 +162,6 @@ def parse_queue(text: str, index: int) -> tuple[int, VringAddress]:
         raise ValueError(f"{size} is no size of a queue")
     if said["descriptors"] % 16 or said["available"] % 2 or said["used"] % 4:
         raise ValueError(f"the parts of {text!r} are not aligned to 16, 2 and 4 bytes")
-    if not all(0 <= address < 1 << 64 for address in said.values()):
+    if not all(0 <= address < ADDRESS_LIMIT for address in said.values()):
         raise ValueError(f"{text!r} has an address that is none")
     return size, VringAddress(index=index, **said)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xshmd.units import (
+    ADDRESS_LIMIT,
     DOMID_FIRST_RESERVED,
-    MAX_GUEST_ADDRESS_BITS,
+    MAX_GUEST_FRAMES,
     PAGE_SHIFT,
     PAGE_SIZE,
     is_within,
@@ -20,7 +21,6 @@ from xshmd.units import (
 from xshmd.vhost_user.payloads import KNOWN_XEN_FLAGS, MemoryRegion, XenFlag
 from xshmd.vhost_user.wire import ProtocolViolation
 
-ADDRESS_LIMIT: Final = 1 << 64
 FILE_LIMIT: Final = 1 << 63
 GRANT_ADDRESS_BIT: Final = 1 << 63
 """Set in the guest address of granted memory (xen/include/public/io, virtio's Xen grant DMA)."""
@@ -101,9 +101,7 @@ def _check_xen(region: MemoryRegion, where: str) -> None:
             raise ProtocolViolation(f"{where} is not of whole frames")
     nr_frames = region.size_bytes >> PAGE_SHIFT
     if flags & XenFlag.FOREIGN:
-        if not is_within(
-            first_frame(region), nr_frames, 1 << (MAX_GUEST_ADDRESS_BITS - PAGE_SHIFT)
-        ):
+        if not is_within(first_frame(region), nr_frames, MAX_GUEST_FRAMES):
             raise ProtocolViolation(f"{where} ends where no domain has memory")
     elif region.mmap_offset or not is_within(first_grant(region), nr_frames, GRANT_LIMIT):
         raise ProtocolViolation(f"{where} has grant references that there cannot be")
