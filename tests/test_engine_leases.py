@@ -8,78 +8,22 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from fakes.world import Daemon, World, world
+from fakes.world import world
+from hot_changes import add, remove
+from lease_words import PROCESS, Program, leased, leased_of_guest, leased_of_system, regions
 from trio.testing import MockClock
 
-from xshmd.changes import AddRegion, RemoveRegion
 from xshmd.engine import leases, reconciler
 from xshmd.errors import Conflict, NoSuchRegion, Refused
 from xshmd.events import EventKind
-from xshmd.model import Isolation, Lease, Lifetime, Process, Prot, RegionConfig, RegionTerms
-
-PROCESS = Process(pid=77, uid=0, started=4711, name="viewer")
-
-
-class Program:
-    """A process of dom0 that leases a region, until it lets go, ends, or its daemon does."""
-
-    def __init__(self, host: World, nursery: trio.Nursery, process: Process = PROCESS) -> None:
-        self._host, self._nursery, self.process = host, nursery, process
-        self.scope = trio.CancelScope()
-        self.has = False
-        self.told = ""
-        self.lets_go = True
-        host.processes.living[process.pid] = process.started
-
-    async def lease(self, daemon: Daemon, region: str, prot: Prot = Prot.RO) -> Program:
-        self.scope = trio.CancelScope()
-        await self._nursery.start(self._run, daemon, region, prot)
-        return self
-
-    async def _run(
-        self,
-        daemon: Daemon,
-        region: str,
-        prot: Prot,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        with self.scope:
-            async with daemon.engine.lease(region, prot, self.process) as held:
-                self.has = True
-                task_status.started()
-                try:
-                    self.told = await held.wait_ending()
-                    if not self.lets_go:
-                        await trio.sleep_forever()
-                finally:
-                    self.has = False
-
-    def let_go(self) -> None:
-        """Close the connection."""
-        self.scope.cancel()
-
-    def die(self) -> None:
-        del self._host.processes.living[self.process.pid]
-        self.scope.cancel()
-
-
-def leased(daemon: Daemon) -> tuple[Lease, ...]:
-    return daemon.engine.snapshot().leases
-
-
-def regions(daemon: Daemon) -> list[str]:
-    return [region.region_id for region in daemon.engine.snapshot().regions]
+from xshmd.model import Isolation, Lifetime, Prot, RegionTerms
 
 
 @pytest.mark.parametrize("end", [Program.let_go, Program.die], ids=["lets go", "dies"])
 async def test_a_region_stays_for_its_last_lease(
-    autojump_clock: MockClock, nursery: trio.Nursery, end: Callable[[Program], None]
+    autojump_clock: MockClock, end: Callable[[Program], None]
 ) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r", Prot.RW)
+    async with leased_of_guest(Prot.RW) as (host, daemon, program, a):
         (lease,) = leased(daemon)
         assert (lease.region_id, lease.prot, lease.process) == ("r", Prot.RW, PROCESS)
         await host.tools.destroy(a)
@@ -88,7 +32,6 @@ async def test_a_region_stays_for_its_last_lease(
         assert program.has
         assert program.told == ""  # a member as good as any
         end(program)
-        await host.check_clean()
 
 
 async def test_an_owner_that_ends_has_the_region_asked_back(
@@ -113,77 +56,55 @@ async def test_an_owner_that_ends_has_the_region_asked_back(
         await host.check_clean()
 
 
-async def test_remove_names_the_process_and_force_asks_it(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
-        program = await Program(host, nursery).lease(daemon, "r")
+async def test_remove_names_the_process_and_force_asks_it(autojump_clock: MockClock) -> None:
+    async with leased_of_system() as (_, daemon, program):
         with pytest.raises(Conflict, match=r"process 77 \(viewer\)"):
-            await daemon.engine.apply([RemoveRegion(region_id="r")])
-        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)], dry_run=True)
+            await daemon.engine.apply([remove("r")])
+        await daemon.engine.apply([remove("r", force=True)], dry_run=True)
         assert program.told == ""
-        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        await daemon.engine.apply([remove("r", force=True)])
         assert program.told == "removed by an administrator"
         assert regions(daemon) == []
-        await host.check_clean()
 
 
-async def test_one_whose_last_member_is_the_process_goes_with_it(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r")
+async def test_one_whose_last_member_is_the_process_goes_with_it(autojump_clock: MockClock) -> None:
+    async with leased_of_guest() as (host, daemon, program, a):
         await host.tools.destroy(a)
         await host.until(lambda: not daemon.engine.snapshot().guests, "the guest is gone")
-        (step,) = await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        (step,) = await daemon.engine.apply([remove("r", force=True)])
         assert (step.verb, step.region) == ("remove", "r")
         assert program.told
-        await host.check_clean()
 
 
-async def test_a_process_that_does_not_let_go_is_not_overruled(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
-        program = await Program(host, nursery).lease(daemon, "r")
+async def test_a_process_that_does_not_let_go_is_not_overruled(autojump_clock: MockClock) -> None:
+    async with leased_of_system() as (_, daemon, program):
         program.lets_go = False
         before = trio.current_time()
         with pytest.raises(Conflict, match="still mapped by process 77") as refusal:
-            await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+            await daemon.engine.apply([remove("r", force=True)])
         assert trio.current_time() - before == pytest.approx(leases.LET_GO_S)
         assert refusal.value.facts["pid"] == 77
         assert regions(daemon) == ["r"]
         program.die()
-        await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
-        await host.check_clean()
+        await daemon.engine.apply([remove("r", force=True)])
 
 
 async def test_a_region_that_is_asked_back_gets_no_new_lease(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
-        program = await Program(host, nursery).lease(daemon, "r")
+    async with leased_of_system() as (host, daemon, program):
         program.lets_go = False
 
-        async def remove() -> None:
-            await daemon.engine.apply([RemoveRegion(region_id="r", force=True)])
+        async def ask_back() -> None:
+            await daemon.engine.apply([remove("r", force=True)])
 
-        nursery.start_soon(remove)
+        nursery.start_soon(ask_back)
         await host.until(lambda: bool(program.told), "the program is told")
         other = dataclasses.replace(PROCESS, pid=78)
         with pytest.raises(Conflict, match="about to be removed"):
             async with daemon.engine.lease("r", Prot.RO, other):
                 pass
         program.let_go()
-        await host.check_clean()
 
 
 async def test_a_leased_region_stays_in_its_holder(
@@ -192,7 +113,7 @@ async def test_a_leased_region_stays_in_its_holder(
     """A region that nobody has may move to where it is wanted; a mapping would be left behind."""
     async with world() as host:
         daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="s", nr_frames=3))])
+        await daemon.engine.apply([add("s")])
         home = {one.region_id: one.holder_uuid for one in daemon.engine.snapshot().regions}
         program = await Program(host, nursery).lease(daemon, "s")
         a = await host.tools.create(host.config("a", host.request("r")))
@@ -205,17 +126,12 @@ async def test_a_leased_region_stays_in_its_holder(
         await host.until(lambda: not leased(daemon), "the lease is over")
         await daemon.engine.declare(b)
         await host.tools.destroy(a)
-        await daemon.engine.apply([RemoveRegion(region_id="s")])
+        await daemon.engine.apply([remove("s")])
         await host.check_clean()
 
 
-async def test_a_lease_outlives_the_daemon_with_its_process(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r", Prot.RW)
+async def test_a_lease_outlives_the_daemon_with_its_process(autojump_clock: MockClock) -> None:
+    async with leased_of_guest(Prot.RW) as (host, daemon, program, a):
         await daemon.kill()
         program.let_go()
         await host.tools.destroy(a)
@@ -227,17 +143,13 @@ async def test_a_lease_outlives_the_daemon_with_its_process(
         await program.lease(daemon, "r")
         assert [lease.prot for lease in leased(daemon)] == [Prot.RO]
         program.let_go()
-        await host.check_clean()
 
 
 @pytest.mark.parametrize("started", [None, 4712], ids=["dead", "another"])
 async def test_a_process_that_died_while_the_daemon_was_away(
-    autojump_clock: MockClock, nursery: trio.Nursery, started: int | None
+    autojump_clock: MockClock, started: int | None
 ) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r")
+    async with leased_of_guest() as (host, daemon, program, a):
         await daemon.kill()
         program.die()
         if started:
@@ -245,16 +157,12 @@ async def test_a_process_that_died_while_the_daemon_was_away(
         daemon = await host.start()
         await host.until(lambda: not leased(daemon), "the lease is over")
         await host.tools.destroy(a)
-        await host.check_clean()
 
 
 async def test_a_dead_process_whose_connection_somebody_keeps_open(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock,
 ) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r")
+    async with leased_of_guest() as (host, _, program, a):
         program.lets_go = False
         del host.processes.living[PROCESS.pid]
         await host.tools.destroy(a)
@@ -264,12 +172,9 @@ async def test_a_dead_process_whose_connection_somebody_keeps_open(
 
 
 async def test_the_death_of_a_process_is_noticed_though_nothing_else_happens(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    autojump_clock: MockClock,
 ) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
-        program = await Program(host, nursery).lease(daemon, "r")
+    async with leased_of_system() as (host, daemon, program):
         program.lets_go = False
         await trio.sleep(100)
         assert program.has
@@ -277,17 +182,11 @@ async def test_the_death_of_a_process_is_noticed_though_nothing_else_happens(
         await trio.sleep(reconciler.PROCESSES_S + 1)
         assert leased(daemon) == ()
         program.scope.cancel()
-        await daemon.engine.apply([RemoveRegion(region_id="r")])
-        await host.check_clean()
+        await daemon.engine.apply([remove("r")])
 
 
-async def test_a_holder_that_somebody_destroys_ends_its_leases(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    async with world() as host:
-        daemon = await host.start()
-        a = await host.tools.create(host.config("a", host.request("r")))
-        program = await Program(host, nursery).lease(daemon, "r")
+async def test_a_holder_that_somebody_destroys_ends_its_leases(autojump_clock: MockClock) -> None:
+    async with leased_of_guest() as (host, daemon, program, a):
         (holder,) = host.holders()
         host.xen.destroy(holder)
         await host.tools.destroy(a)
@@ -296,11 +195,10 @@ async def test_a_holder_that_somebody_destroys_ends_its_leases(
         assert leased(daemon) == ()
 
 
-async def test_what_no_lease_is_given_of(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_what_no_lease_is_given_of(autojump_clock: MockClock) -> None:
     async with world() as host:
         daemon = await host.start()
-        config = RegionConfig(region_id="r", nr_frames=3)
-        await daemon.engine.apply([AddRegion(config=config)])
+        await daemon.engine.apply([add("r")])
         ledger = daemon.engine._ledger
         (region,) = ledger.regions
         for terms, prot, why in (
@@ -316,7 +214,7 @@ async def test_what_no_lease_is_given_of(autojump_clock: MockClock, nursery: tri
             async with daemon.engine.lease("s", Prot.RO, PROCESS):
                 pass
         assert leased(daemon) == ()
-        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await daemon.engine.apply([remove("r")])
         await host.check_clean()
 
 
@@ -325,7 +223,7 @@ async def test_there_is_always_a_connection_left_for_the_admin(
 ) -> None:
     async with world() as host:
         daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        await daemon.engine.apply([add("r")])
         programs = [
             await Program(host, nursery, dataclasses.replace(PROCESS, pid=pid)).lease(daemon, "r")
             for pid in range(100, 100 + leases.MOST)
@@ -336,19 +234,19 @@ async def test_there_is_always_a_connection_left_for_the_admin(
         for program in programs:
             program.let_go()
         await host.until(lambda: not leased(daemon), "the leases are over")
-        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await daemon.engine.apply([remove("r")])
         await host.check_clean()
 
 
 async def test_everybody_hears_of_it(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     async with world() as host:
         daemon = await host.start()
-        await daemon.engine.apply([AddRegion(config=RegionConfig(region_id="r", nr_frames=3))])
+        await daemon.engine.apply([add("r")])
         async with daemon.engine.monitor() as events:
             program = await Program(host, nursery).lease(daemon, "r")
             program.let_go()
             heard = [await events.receive() for _ in range(2)]
         assert [event.kind for event in heard] == [EventKind.LEASE_BEGAN, EventKind.LEASE_ENDED]
         assert [event.lease.process for event in heard if event.lease] == [PROCESS] * 2
-        await daemon.engine.apply([RemoveRegion(region_id="r")])
+        await daemon.engine.apply([remove("r")])
         await host.check_clean()
