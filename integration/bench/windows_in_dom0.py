@@ -23,36 +23,10 @@ from xshmd.varlink.client import Client
 from xshmd.xen.hypervisor import XenHypervisor
 
 if TYPE_CHECKING:
-    from integration.bench.in_dom0 import (
-        ARCH,
-        GUEST_AT,
-        MIB,
-        SMALL_AT,
-        Daemon,
-        Guests,
-        Series,
-        config,
-        console_of_xl_quiet,
-        entry,
-        note,
-        wait,
-    )
+    from integration.bench import in_dom0 as bench
 else:  # beside this file, in dom0
     sys.path.insert(0, str(Path(__file__).parent))
-    from in_dom0 import (
-        ARCH,
-        GUEST_AT,
-        MIB,
-        SMALL_AT,
-        Daemon,
-        Guests,
-        Series,
-        config,
-        console_of_xl_quiet,
-        entry,
-        note,
-        wait,
-    )
+    import in_dom0 as bench
 
 SIZES_MIB: Final = (1, 16, 256)
 GROUPS: Final = (2, 4)
@@ -65,7 +39,7 @@ CEILING_S: Final = 600
 def keeper() -> Iterator[None]:
     """Have the daemon's keeper run."""
     with subprocess.Popen(["xshmd-keeper"]) as process:
-        wait(SOCKET.exists, "the keeper listens")
+        bench.wait(SOCKET.exists, "the keeper listens")
         yield
         process.kill()
 
@@ -90,15 +64,16 @@ def pause_s(client: Client, change: dict[str, Any]) -> float:
     return int(shown["pauseMicroseconds"]) / 1e6
 
 
-def measure_group(guests: Guests, size_mib: int, nr_guests: int, pairs: int) -> Series:
+def measure_group(guests: bench.Guests, size_mib: int, nr_guests: int, pairs: int) -> bench.Series:
     """Let the last guest of a group join it and leave it, again and again."""
-    size_bytes, series = size_mib * MIB, Series()
-    owner = f"{entry('sealed', 'owner', size_bytes)}, isolation=sealed"
+    size_bytes, series = size_mib * bench.MIB, bench.Series()
+    owner = f"{bench.entry('sealed', 'owner', size_bytes)}, isolation=sealed"
     names = [f"w{number}" for number in range(nr_guests)]
-    entries = [(owner,), *[(entry("sealed", "borrower", size_bytes),)] * (nr_guests - 2), ()]
+    borrower = bench.entry("sealed", "borrower", size_bytes)
+    entries = [(owner,), *[(borrower,)] * (nr_guests - 2), ()]
     for name, own in zip(names, entries, strict=True):
-        guests.create(config(name, *own))
-    begin = (SMALL_AT if size_mib <= 64 else GUEST_AT)[ARCH] >> 12
+        guests.create(bench.config(name, *own))
+    begin = (bench.SMALL_AT if size_mib <= 64 else bench.GUEST_AT)[bench.ARCH] >> 12
     part = {"region": "sealed", "firstFrame": begin, "frameCount": size_bytes >> 12}
     join = {"attach": {"guest": names[-1], "entry": part}}
     leave = {"detach": {"guest": names[-1], "region": "sealed"}}
@@ -108,11 +83,11 @@ def measure_group(guests: Guests, size_mib: int, nr_guests: int, pairs: int) -> 
             figures["leave"] = pause_s(client, leave)
             if turn:
                 series.add(figures)
-            note(f"windows {size_mib} MiB, {nr_guests} guests, {turn}/{pairs}: {figures}")
+            bench.note(f"windows {size_mib} MiB, {nr_guests} guests, {turn}/{pairs}: {figures}")
     for left, name in reversed(list(enumerate(names))):
         subprocess.run(["xl", "destroy", name], check=True)
-        note(f"{left} guests are left")
-    wait(lambda: guests.domains() == 1, "all guests are gone")
+        bench.note(f"{left} guests are left")
+    bench.wait(lambda: guests.domains() == 1, "all guests are gone")
     for path in Path("/etc/xen").glob("*.cfg"):
         path.unlink()
     return series
@@ -122,16 +97,16 @@ def measure(pairs: int) -> dict[str, Any]:
     """All groups."""
     result: dict[str, Any] = {}
     command = ("xshmd", "--pause-ceiling", str(CEILING_S))
-    with keeper(), XenHypervisor() as xen, Daemon(command):
+    with keeper(), XenHypervisor() as xen, bench.Daemon(command):
         for nr_guests in GROUPS:
             for size_mib in SIZES_MIB:
                 few = min(pairs, FEW) if size_mib > 16 else pairs
-                series = measure_group(Guests(xen), size_mib, nr_guests, few)
+                series = measure_group(bench.Guests(xen), size_mib, nr_guests, few)
                 result[f"{size_mib} {nr_guests}"] = series.columns
     return result
 
 
 if __name__ == "__main__":
-    with console_of_xl_quiet():
+    with bench.console_of_xl_quiet():
         found = measure(int(sys.argv[1]))
     print(json.dumps(found))
