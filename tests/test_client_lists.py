@@ -23,13 +23,7 @@ from xshmd import client
 from xshmd.client import on_trio
 from xshmd.daemon.list_methods import ListMethods
 from xshmd.daemon.service import dispatcher
-from xshmd.errors import (
-    ListCancelled,
-    NoSuchList,
-    OutOfRange,
-    TimedOut,
-    UsageError,
-)
+from xshmd.errors import ListCancelled, NoSuchList, OutOfRange, TimedOut, UsageError
 from xshmd.share.scatter import Scatter
 from xshmd.varlink.server import open_listener, serve
 

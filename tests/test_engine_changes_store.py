@@ -14,9 +14,7 @@ from fakes.world import Daemon, World, world
 from hot_changes import add, attach, detach, frames, guest, remove, span
 from trio.testing import MockClock
 
-from xshmd.errors import (
-    StoreTrouble,
-)
+from xshmd.errors import StoreTrouble
 
 # -- xenstored fails us ---------------------------------------------------------------------------
 

@@ -11,11 +11,7 @@ from fakes.world import Daemon, World, world
 from hot_changes import add, attach, frames, guest, picture, span
 from trio.testing import MockClock
 
-from xshmd.errors import (
-    ConfigError,
-    Conflict,
-    XshmError,
-)
+from xshmd.errors import ConfigError, Conflict, XshmError
 from xshmd.model import (
     Lifetime,
     RegionConfig,

@@ -12,10 +12,7 @@ from xshmd.errors import ConfigError, Refused
 from xshmd.machine import Arch, HostInfo
 from xshmd.model import UNPLACED, WHOLE_REGION, CachePolicy, GuestConfig, GuestType, Role
 from xshmd.policy import layout
-from xshmd.policy.rules import (
-    check_config,
-    check_guest,
-)
+from xshmd.policy.rules import check_config, check_guest
 
 
 def test_a_good_guest_breaks_no_rule() -> None:

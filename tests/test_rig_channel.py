@@ -20,13 +20,7 @@ from hypothesis import strategies as st
 
 from integration import agent
 from integration.agent import Decoder, FrameError, Message, encode
-from integration.dom0 import (
-    ChannelDead,
-    CommandFailed,
-    CommandTimeout,
-    Dom0,
-    Dom0Error,
-)
+from integration.dom0 import ChannelDead, CommandFailed, CommandTimeout, Dom0, Dom0Error
 
 messages = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text())
 

@@ -17,15 +17,7 @@ from xshmd.errors import DomainGone, HypercallFailed, OutOfMemory, XshmError
 from xshmd.machine import Arch, DomainInfo
 from xshmd.policy.host_ranges import why_not_shareable
 from xshmd.ports import Hypervisor
-from xshmd.units import (
-    DOMID_FIRST_RESERVED,
-    PAGE_SIZE,
-    SUPERPAGE_FRAMES,
-    DomId,
-    Gfn,
-    Mfn,
-    bytes_of,
-)
+from xshmd.units import DOMID_FIRST_RESERVED, PAGE_SIZE, SUPERPAGE_FRAMES, DomId, Gfn, Mfn, bytes_of
 
 HOLDER_GFN = Gfn(0x40000)
 """Where the cases put a holder's pages: 1 GiB, 2 MiB aligned."""

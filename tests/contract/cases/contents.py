@@ -9,14 +9,7 @@ from xshmd.errors import HypercallFailed
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, SUPERPAGE_FRAMES, Gfn, bytes_of
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -7,14 +7,7 @@ from xshmd.errors import OutOfMemory, PartialMap
 from xshmd.ports import Hypervisor
 from xshmd.units import Gfn, bytes_of
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -10,13 +10,7 @@ from xshmd.errors import HypercallFailed
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId, bytes_of
 
-from ..host import (
-    GUEST_GFN,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -10,15 +10,7 @@ from xshmd.machine import Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import SUPERPAGE_FRAMES, Gfn, Mfn, bytes_of
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    HOST_POOL_EXHAUSTED,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, HOST_POOL_EXHAUSTED, ContractHost, equal, expect, raises
 from ..registry import case
 
 NOT_DOM0S = {Arch.X86_64: Mfn(0xFEE00), Arch.ARM64: Mfn(0x48000)}

@@ -10,14 +10,7 @@ from xshmd.machine import Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, DomId, Gfn
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -9,11 +9,7 @@ from xshmd.errors import DomainGone, HypercallFailed
 from xshmd.machine import Arch, MemoryKind, MemoryRange
 from xshmd.ports import Hypervisor
 
-from ..host import (
-    ContractHost,
-    equal,
-    raises,
-)
+from ..host import ContractHost, equal, raises
 from ..registry import case
 
 

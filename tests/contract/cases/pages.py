@@ -7,12 +7,7 @@ from xshmd.errors import OutOfMemory
 from xshmd.ports import Hypervisor
 from xshmd.units import SUPERPAGE_FRAMES, Gfn
 
-from ..host import (
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    raises,
-)
+from ..host import HOLDER_GFN, ContractHost, equal, raises
 from ..registry import case
 
 

@@ -10,15 +10,7 @@ from xshmd.machine import Arch
 from xshmd.ports import Hypervisor
 from xshmd.units import SUPERPAGE_FRAMES, bytes_of
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    POOL_EXHAUSTED,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, POOL_EXHAUSTED, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -10,14 +10,7 @@ from xshmd.machine import SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SH
 from xshmd.ports import Hypervisor
 from xshmd.units import DomId
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    expect,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, expect, raises
 from ..registry import case
 
 

@@ -9,13 +9,7 @@ from xshmd.errors import HypercallFailed, OutOfMemory, PartialMap
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, Gfn
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, raises
 from ..registry import case
 
 

@@ -11,13 +11,7 @@ from xshmd.machine import SHUTDOWN_POWEROFF
 from xshmd.ports import Hypervisor
 from xshmd.units import PAGE_SIZE, DomId, Mfn
 
-from ..host import (
-    GUEST_GFN,
-    HOLDER_GFN,
-    ContractHost,
-    equal,
-    raises,
-)
+from ..host import GUEST_GFN, HOLDER_GFN, ContractHost, equal, raises
 from ..registry import case
 
 
