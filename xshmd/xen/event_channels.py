@@ -13,7 +13,6 @@ import errno
 import os
 import struct
 import threading
-from types import TracebackType
 from typing import Final, Self
 
 import trio
@@ -56,12 +55,7 @@ class XenEventChannels:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- ports of guests --------------------------------------------------------------------------
