@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -47,6 +47,11 @@ class Growth:
     def growing(self) -> Iterator[str]:
         """The guests that have more regions after than before."""
         return (name for name in self.after.guests if self.new_of(name))
+
+    @property
+    def new_parts(self) -> Iterator[tuple[str, str]]:
+        """Each guest with each of the regions that it has after and not before."""
+        return ((guest, one) for guest in self.after.guests for one in self.new_of(guest))
 
 
 def broken(growth: Growth) -> tuple[XshmError, ...]:
@@ -88,44 +93,29 @@ def too_much_memory(growth: Growth, policy: HostPolicy) -> Findings:
 def too_many_regions_of_guest(growth: Growth, policy: HostPolicy) -> Findings:
     """No guest's configuration shall take what is meant for all."""
     limit = policy.limits.regions_per_guest
-    for guest in growth.growing if limit else ():
-        count = len(growth.after.guests[guest])
-        if limit and count > limit.value:
-            yield _over(
-                "too-many-regions-of-guest", _place(growth, guest), limit,
-                f"guest '{guest}' would have {count} regions, and a guest is allowed"
-                f" {limit.value}",
-                guest=guest,
-            )  # fmt: skip
+    return _over_of_guest("too-many-regions-of-guest", growth, limit, len, what="{} regions")
 
 
 def too_much_memory_of_guest(growth: Growth, policy: HostPolicy) -> Findings:
     """As :func:`too_many_regions_of_guest`: a borrower too has its page tables made by Xen."""
     limit = policy.limits.memory_per_guest
-    for guest in growth.growing if limit else ():
-        nr_frames = sum(growth.after.guests[guest].values())
-        if limit and nr_frames > limit.value:
-            yield _over(
-                "too-much-memory-of-guest", _place(growth, guest), limit,
-                f"guest '{guest}' would have {_size(nr_frames)} of regions, and a guest is allowed"
-                f" {_size(limit.value)}",
-                guest=guest,
-            )  # fmt: skip
+    return _over_of_guest(
+        "too-much-memory-of-guest", growth, limit, sum, what="{} of regions", said=_size
+    )
 
 
 def too_many_members(growth: Growth, policy: HostPolicy) -> Findings:
     """Whoever is a member must be trusted by all the others."""
     limit = policy.limits.members
-    for guest in growth.growing if limit else ():
-        for region_id in growth.new_of(guest):
-            count = sum(region_id in had for had in growth.after.guests.values())
-            if limit and count > limit.value:
-                yield _over(
-                    "too-many-members", growth.after.place_of(region_id, guest), limit,
-                    f"region '{region_id}' would have {count} guests, and a region is allowed"
-                    f" {limit.value}",
-                    region=region_id,
-                )  # fmt: skip
+    for guest, region_id in growth.new_parts if limit else ():
+        count = sum(region_id in had for had in growth.after.guests.values())
+        if limit and count > limit.value:
+            yield _over(
+                "too-many-members", growth.after.place_of(region_id, guest), limit,
+                f"region '{region_id}' would have {count} guests, and a region is allowed"
+                f" {limit.value}",
+                region=region_id,
+            )  # fmt: skip
 
 
 def free_memory_floor(growth: Growth, policy: HostPolicy) -> Findings:
@@ -151,39 +141,37 @@ def free_memory_floor(growth: Growth, policy: HostPolicy) -> Findings:
 def not_allowed(growth: Growth, policy: HostPolicy) -> Findings:
     """Where sets are said, what is in none of them is not meant to be."""
     allowed = policy.allowed
-    for guest in growth.growing if allowed else ():
-        for region_id in growth.new_of(guest):
-            if not any(_has(one, guest, region=region_id) for one in allowed):
-                yield refused(
-                    "not-allowed",
-                    growth.after.place_of(region_id, guest),
-                    f"guest '{guest}' is not allowed to have region '{region_id}'",
-                    f"{_remedy(allowed)} that has both",
-                    guest=guest,
-                    region=region_id,
-                )
+    for guest, region_id in growth.new_parts if allowed else ():
+        if not any(_has(one, guest, region=region_id) for one in allowed):
+            yield refused(
+                "not-allowed",
+                growth.after.place_of(region_id, guest),
+                f"guest '{guest}' is not allowed to have region '{region_id}'",
+                f"{_remedy(allowed)} that has both",
+                guest=guest,
+                region=region_id,
+            )
 
 
 def not_allowed_together(growth: Growth, policy: HostPolicy) -> Findings:
     """Members of a region read and write the same bytes."""
     allowed = policy.allowed
-    for guest in growth.growing if allowed else ():
-        for region_id in growth.new_of(guest):
-            for other, had in growth.after.guests.items():
-                if other == guest or region_id not in had:
-                    continue
-                if other < guest and region_id in growth.new_of(other):
-                    continue  # said already, the other way round
-                if any(_has(one, guest, other, region=region_id) for one in allowed):
-                    continue
-                yield refused(
-                    "not-allowed-together",
-                    growth.after.place_of(region_id, guest),
-                    f"guests '{guest}' and '{other}' are not allowed to share region '{region_id}'",
-                    f"{_remedy(allowed)} that has both guests and the region",
-                    guest=guest,
-                    region=region_id,
-                )
+    for guest, region_id in growth.new_parts if allowed else ():
+        for other, had in growth.after.guests.items():
+            if other == guest or region_id not in had:
+                continue
+            if other < guest and region_id in growth.new_of(other):
+                continue  # said already, the other way round
+            if any(_has(one, guest, other, region=region_id) for one in allowed):
+                continue
+            yield refused(
+                "not-allowed-together",
+                growth.after.place_of(region_id, guest),
+                f"guests '{guest}' and '{other}' are not allowed to share region '{region_id}'",
+                f"{_remedy(allowed)} that has both guests and the region",
+                guest=guest,
+                region=region_id,
+            )
 
 
 def not_allowed_in_group(growth: Growth, policy: HostPolicy) -> Findings:
@@ -248,6 +236,34 @@ def check_lease(lease: Lease, policy: HostPolicy, *, nr_leases: int) -> None:
             f"say dom0 = true in a set that has the region, as in {policy.allowed[0].place}",
             region=lease.region_id,
         )
+
+
+def _over_of_guest(
+    rule: str,
+    growth: Growth,
+    limit: Limit | None,
+    count_of: Callable[[Collection[int]], int],
+    *,
+    what: str,
+    said: Callable[[int], str] = str,
+) -> Findings:
+    """Find the guests that grow beyond what each is allowed.
+
+    Args:
+        rule, growth, limit: The rule.
+        count_of: What is limited, of the sizes of a guest's regions in frames.
+        what: What that is, with a place for how many.
+        said: How a number of them is said.
+    """
+    for guest in growth.growing if limit else ():
+        count = count_of(growth.after.guests[guest].values())
+        if limit and count > limit.value:
+            yield _over(
+                rule, _place(growth, guest), limit,
+                f"guest '{guest}' would have {what.format(said(count))}, and a guest is allowed"
+                f" {said(limit.value)}",
+                guest=guest,
+            )  # fmt: skip
 
 
 def _over(rule: str, place: Place, limit: Limit, what: str, **facts: str) -> XshmError:
