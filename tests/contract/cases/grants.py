@@ -26,6 +26,13 @@ def _granter(
     return holder
 
 
+def _not_mapped(
+    xen: Hypervisor, holder: DomId, first_ref: int, nr_frames: int, *, writable: bool
+) -> None:
+    with raises(HypercallFailed, errno.EINVAL):
+        xen.map_grants(holder, first_ref, nr_frames, writable=writable)
+
+
 @case
 def a_grant_leads_to_the_holders_page(xen: Hypervisor, make: ContractHost) -> None:
     holder = _granter(make)
@@ -54,13 +61,11 @@ def grants_are_in_use_while_they_are_mapped(xen: Hypervisor, make: ContractHost)
 @case
 def a_readonly_grant_is_not_mapped_writable(xen: Hypervisor, make: ContractHost) -> None:
     holder = _granter(make, readonly=True)
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=True)
     make.write(holder, HOLDER_GFN, b"to be read")
     mapping = xen.map_grants(holder, FIRST_REF, 4, writable=False)
     equal(mapping.read(0, 10), b"to be read", "what is read")
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=True)
     mapping.close()
 
 
@@ -68,8 +73,7 @@ def a_readonly_grant_is_not_mapped_writable(xen: Hypervisor, make: ContractHost)
 def a_grant_is_for_one_domain(xen: Hypervisor, make: ContractHost) -> None:
     holder = _granter(make, to=make.bare())
     for writable in (False, True):
-        with raises(HypercallFailed, errno.EINVAL):
-            xen.map_grants(holder, FIRST_REF, 1, writable=writable)
+        _not_mapped(xen, holder, FIRST_REF, 1, writable=writable)
     equal(xen.grants_in_use(holder, FIRST_REF, 4), 0, "in use")
 
 
@@ -78,8 +82,7 @@ def what_was_never_granted_is_not_mapped(xen: Hypervisor, make: ContractHost) ->
     holder = _granter(make)
     for first_ref in (0, FIRST_REF - 1, FIRST_REF + 1, FIRST_REF + 4, 2 * PER_FRAME):
         for writable in (False, True):
-            with raises(HypercallFailed, errno.EINVAL):
-                xen.map_grants(holder, first_ref, 4, writable=writable)
+            _not_mapped(xen, holder, first_ref, 4, writable=writable)
     equal(xen.grants_in_use(holder, FIRST_REF, 4), 0, "in use")
 
 
@@ -87,8 +90,7 @@ def what_was_never_granted_is_not_mapped(xen: Hypervisor, make: ContractHost) ->
 def a_frame_that_is_not_there_is_not_mapped(xen: Hypervisor, make: ContractHost) -> None:
     holder = _granter(make)
     xen.write_grants(holder, FIRST_REF, 1, Gfn(HOLDER_GFN + 9), DOMID_0, readonly=False)
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=False)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=False)
     equal(xen.grants_in_use(holder, FIRST_REF, 1), 0, "in use")
 
 
@@ -97,8 +99,7 @@ def grants_that_were_ended_are_not_mapped(xen: Hypervisor, make: ContractHost) -
     holder = _granter(make)
     equal(xen.end_grants(holder, FIRST_REF + 1, 2), 0, "in use")
     for ref in (FIRST_REF + 1, FIRST_REF + 2):
-        with raises(HypercallFailed, errno.EINVAL):
-            xen.map_grants(holder, ref, 1, writable=False)
+        _not_mapped(xen, holder, ref, 1, writable=False)
     xen.map_grants(holder, FIRST_REF, 1, writable=True).close()
     xen.map_grants(holder, FIRST_REF + 3, 1, writable=True).close()
 
@@ -116,8 +117,7 @@ def mappings_outlive_their_grants(xen: Hypervisor, make: ContractHost) -> None:
     equal(xen.end_grants(holder, FIRST_REF, 2), 1, "in use by the second")
     second.close()
     equal(xen.end_grants(holder, FIRST_REF, 2), 0, "in use by nobody")
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=False)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=False)
 
 
 @case
@@ -127,8 +127,7 @@ def whoever_reads_an_ended_grant_does_not_come_to_write(
     holder = _granter(make, 1)
     reading = xen.map_grants(holder, FIRST_REF, 1, writable=False)
     equal(xen.end_grants(holder, FIRST_REF, 1), 1, "in use")
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=True)
     reading.close()
 
 
@@ -190,8 +189,7 @@ def grants_of_an_unknown_domain(xen: Hypervisor, make: ContractHost) -> None:
         xen.write_grants(domid, FIRST_REF, 1, HOLDER_GFN, DOMID_0, readonly=True)
     with raises(DomainGone, errno.ESRCH):
         xen.end_grants(domid, FIRST_REF, 1)
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(domid, FIRST_REF, 1, writable=False)
+    _not_mapped(xen, domid, FIRST_REF, 1, writable=False)
 
 
 @case
@@ -221,8 +219,7 @@ def who_has_a_page_mapped_maps_it_again_whatever_its_frame_is(
     second.write(0, bytes(8))
     second.close()
     first.close()
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF, 1, writable=True)
+    _not_mapped(xen, holder, FIRST_REF, 1, writable=True)
 
 
 @case
@@ -230,8 +227,7 @@ def a_dying_holder_grants_nothing_more(xen: Hypervisor, make: ContractHost) -> N
     holder = _granter(make, 2)
     mapping = xen.map_grants(holder, FIRST_REF, 1, writable=True)
     make.destroy(holder)
-    with raises(HypercallFailed, errno.EINVAL):
-        xen.map_grants(holder, FIRST_REF + 1, 1, writable=True)
+    _not_mapped(xen, holder, FIRST_REF + 1, 1, writable=True)
     mapping.close()
     make.gone(holder)
 
