@@ -149,6 +149,11 @@ class Host:
         self.created.append(guest)
         return self.xl("create", *words, self.config_path(guest, etc=etc), check=check)
 
+    def create_all(self, *guests: Guest) -> None:
+        """Create them one after the other."""
+        for guest in guests:
+            self.create(guest)
+
     def start_creating(self, guest: Guest, etc: bool = False) -> Running:
         """`xl create`, not waited for."""
         self.created.append(guest)

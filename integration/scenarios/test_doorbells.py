@@ -53,8 +53,7 @@ def number(line: str, word: str) -> int:
 def test_two_guests_ring_each_other(host: Host) -> None:
     """A round is a ring there and a ring back; each finds the number it waits for after each."""
     zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=200)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     # Debian's Xen has SILO on Arm, where guests talk to dom0 only, and no policy at all on x86.
     direct = int(host.arch != "arm64")
     host.wait_said(zero, rf"bell-ping rounds=200 last=\d+ wakes=\d+ direct={direct} us=\d+")
@@ -76,8 +75,7 @@ def test_rings_that_are_to_go_by_dom0(host: Host) -> None:
     """doorbell_route=relayed: no guest rings another past dom0, whatever Xen would allow."""
     zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", route=", doorbell_route=relayed")
     before = host.ask("call", "Status", {})["status"]["counters"]["doorbell_rings"]
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     host.wait_said(zero, r"bell-ping rounds=100 .* direct=0 us=\d+")
     host.wait_said(one, r"bell-pong rounds=100 .* direct=0 us=\d+")
     after = host.ask("call", "Status", {})["status"]["counters"]["doorbell_rings"]
@@ -88,8 +86,7 @@ def test_rings_that_are_to_go_by_dom0(host: Host) -> None:
 def test_no_ring_is_lost_in_a_flood(host: Host) -> None:
     """One rings as fast as it can; the other sleeps in between, and sees the last in any case."""
     zero, one = pair(host, "await-peer,flood", "peers,await-peer,flooded", ticks=RINGS)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     began = host.mark
     host.wait_said(zero, rf"flood rings={RINGS} .*", timeout_s=FLOOD_S)
     line = host.wait_said(one, rf"flooded last={RINGS} .*", timeout_s=FLOOD_S)
@@ -102,8 +99,7 @@ def test_no_ring_is_lost_in_a_flood(host: Host) -> None:
 def test_a_counter_wakes_at_zero(host: Host) -> None:
     """Of a hundred triggers of a watched address the last one wakes: the counter is 0 then."""
     zero, one = pair(host, "triggered", "trigger", ticks=100)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     host.wait_said(zero, "watching left=100")
     host.wait_said(one, "trigger times=100 woken=1")
     host.wait_said(zero, "triggered left=0 .*")
@@ -113,8 +109,7 @@ def test_a_counter_wakes_at_zero(host: Host) -> None:
 def test_messages_arrive_whole_and_in_order(host: Host) -> None:
     """The ring of messages, which both ends sleep on when it is full or empty."""
     zero, one = pair(host, "send", "peers,receive", ticks=2_000)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     host.wait_said(one, "receive messages=2000 bad=0")
     host.wait_said(zero, "send messages=2000 bytes=64 .*")
     host.destroy(zero, one)
@@ -124,8 +119,7 @@ def test_doorbells_outlive_the_daemon(host: Host) -> None:
     """Rings stop while no daemon runs, and guests that wait for one are rung by the next."""
     route = ", doorbell_route=relayed"
     zero, one = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=5_000, route=route)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     host.wait_said(one, "peer id=1 .*")
     ports = {}
     host.stop_daemon(signal.SIGKILL)
@@ -143,8 +137,7 @@ def test_doorbells_outlive_the_daemon(host: Host) -> None:
 def test_a_peer_reboots_and_is_rung_again(host: Host) -> None:
     """It has its number and its ports again, and the other its doorbell."""
     zero, one = pair(host, "boots,reboot-once,peers,bell-ping", "peers,bell-pong", ticks=100)
-    for guest in (zero, one):
-        host.create(guest)
+    host.create_all(zero, one)
     host.wait_said(zero, "reboot")
     host.wait_said(zero, "peer id=0 .*")
     host.wait_said(zero, r"bell-ping rounds=100 .*")
@@ -158,8 +151,7 @@ def test_a_peer_that_lies_harms_nobody(host: Host) -> None:
     daemon answers, and a region that it has nothing to do with does not notice."""
     zero, one = pair(host, "scribble", "survive", ticks=3_000)
     two, three = pair(host, "peers,bell-ping", "peers,bell-pong", ticks=300)
-    for guest in (zero, one, two, three):
-        host.create(guest)
+    host.create_all(zero, one, two, three)
     host.wait_said(one, r"survived rounds=3000 .*")
     host.wait_said(zero, r"scribbled rounds=3000")
     host.wait_said(two, r"bell-ping rounds=300 .*")

@@ -93,8 +93,7 @@ def test_regions_of_one_group_are_not_each_others(host: Host) -> None:
     )  # fmt: skip
     left = host.guest("left", Entry(one, host.at, role="borrower"), do="await-fill,check", slot=1)
     right = host.guest("right", Entry(two, host.at, role="borrower"), do="await-fill,check", slot=2)
-    for guest in (both, left, right):
-        host.create(guest)
+    host.create_all(both, left, right)
     host.wait_said(left, "checked pages=256 bad=0 seed=7")
     host.wait_said(right, "checked pages=256 bad=0 seed=7")
     assert host.region(one)["holderUuid"] == host.region(two)["holderUuid"]

@@ -60,8 +60,7 @@ def test_three_borrowers_one_of_them_sees_a_part(host: Host) -> None:
     host.wait_said(owner, "filled .*")
     # Its free word belongs to nobody: what dom0 writes there only a guest with that frame can see.
     host.poke(region, offset, FREE_WORD, 0xFEED0010)
-    for guest in (*whole, part):
-        host.create(guest)
+    host.create_all(*whole, part)
     for guest in whole:
         host.wait_said(guest, "checked pages=256 bad=0 seed=7")
     host.wait_said(part, f"peek addr={host.at:#x} word=0xfeed0010")
@@ -131,8 +130,7 @@ def test_region_elsewhere_and_two_regions(host: Host) -> None:
     second = host.guest(
         "second", Entry(two, host.at_elsewhere, 8 * PAGE, "borrower"), do="await-fill,check", slot=2
     )
-    for guest in (both, first, second):
-        host.create(guest)
+    host.create_all(both, first, second)
     host.wait_said(first, "checked pages=256 bad=0 seed=7")
     host.wait_said(second, "checked pages=8 bad=0 seed=7")
     host.destroy(both, first, second)
