@@ -14,5 +14,5 @@ collect_ignore_glob = (
     else ["test_config_devicetree_*.py", "test_config_devicetree.py", "test_config_artefacts*.py"]
 )
 
-pytest_plugins = ("finder_host", "store_words")
+pytest_plugins = ("descriptors", "finder_host", "store_words")
 """Modules whose fixtures several test modules use."""

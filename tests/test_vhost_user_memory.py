@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from descriptors import open_fds
 from fakes.xen_devices import XenDevices
 
 from xshmd.units import DOMID_FIRST_RESERVED, DomId, Gfn
@@ -19,6 +20,8 @@ from xshmd.vhost_user.wire import ProtocolViolation
 from xshmd.xen import device_maps
 from xshmd.xen.windows import Window
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
+
 PAGE = 4096
 AT = 0x3A000000
 HOLDER = DomId(5)
@@ -27,17 +30,6 @@ FOREIGN = dataclasses.replace(PLAIN, xen_flags=XenFlag.FOREIGN, domid=HOLDER)
 GRANTED = dataclasses.replace(
     PLAIN, guest_address=(1 << 63) | 8 * PAGE, xen_flags=XenFlag.GRANT, domid=HOLDER
 )
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_left() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from descriptors import open_fds
 from fakes.xen_devices import XenDevices
 
 from integration.virtio_driver import PAGE, Driver
@@ -32,23 +33,14 @@ from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
 from xshmd.vhost_user.wire import Message, ProtocolFeature, ProtocolViolation, Request
 from xshmd.xen.windows import Window
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
+
 AT, USER, SIZE = 0x3A000000, 0x7F0000000000, 16 * PAGE
 REGION = MemoryRegion(guest_address=AT, size_bytes=SIZE, user_address=USER)
 OTHER = dataclasses.replace(REGION, guest_address=AT + SIZE, user_address=USER + SIZE)
 HOLDER = DomId(5)
 READ = struct.Struct("<IIQ")
 WAIT_S = 60.0
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_left() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before
 
 
 class Served:

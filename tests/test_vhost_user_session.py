@@ -35,6 +35,8 @@ from xshmd.vhost_user.wire import (
 )
 from xshmd.xen.windows import Window
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
+
 AT, USER, SIZE = 0x3A000000, 0x7F0000000000, 16 * PAGE
 REGION = MemoryRegion(guest_address=AT, size_bytes=SIZE, user_address=USER)
 
@@ -54,17 +56,6 @@ class Reverser:
             raise BrokenQueue("as asked")
         write_all(memory, chain.writable, data)
         return len(data)
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_left() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before
 
 
 @pytest.fixture
