@@ -99,19 +99,22 @@ async def test_it_must_be_called_with_more() -> None:
     assert (await listener.replies.receive()).error == "org.varlink.service.ExpectedMore"
 
 
+async def monitored(nursery: trio.Nursery, path: Path, api: FakeRegions) -> Peer:
+    """Serve at a path, and connect somebody who begins to listen there."""
+    listener = open_listener(path, environ={})
+    dispatcher = service.dispatcher(api)
+    await nursery.start(
+        lambda task_status: serve(listener, dispatcher, limits=limits(), task_status=task_status)
+    )
+    peer = Peer(await trio.open_unix_socket(str(path)))
+    await peer.send(b'{"method":"io.xshmd.Regions.Monitor","more":true}\0')
+    assert "state" in (await peer.reply())["parameters"]
+    return peer
+
+
 async def test_it_says_good_bye_when_the_daemon_stops(tmp_path: Path) -> None:
-    api = FakeRegions()
     async with trio.open_nursery() as nursery:
-        listener = open_listener(tmp_path / "socket", environ={})
-        dispatcher = service.dispatcher(api)
-        await nursery.start(
-            lambda task_status: serve(
-                listener, dispatcher, limits=limits(), task_status=task_status
-            )
-        )
-        peer = Peer(await trio.open_unix_socket(str(tmp_path / "socket")))
-        await peer.send(b'{"method":"io.xshmd.Regions.Monitor","more":true}\0')
-        assert "state" in (await peer.reply())["parameters"]
+        peer = await monitored(nursery, tmp_path / "socket", FakeRegions())
         nursery.cancel_scope.cancel()
     async with peer.stream:
         assert await peer.reply() == {}
@@ -121,16 +124,7 @@ async def test_it_says_good_bye_when_the_daemon_stops(tmp_path: Path) -> None:
 async def test_a_listener_that_leaves_ends_its_monitor(tmp_path: Path) -> None:
     api = FakeRegions()
     async with trio.open_nursery() as nursery:
-        listener = open_listener(tmp_path / "socket", environ={})
-        dispatcher = service.dispatcher(api)
-        await nursery.start(
-            lambda task_status: serve(
-                listener, dispatcher, limits=limits(), task_status=task_status
-            )
-        )
-        peer = Peer(await trio.open_unix_socket(str(tmp_path / "socket")))
-        await peer.send(b'{"method":"io.xshmd.Regions.Monitor","more":true}\0')
-        await peer.reply()
+        peer = await monitored(nursery, tmp_path / "socket", api)
         assert len(api.monitors) == 1
         await peer.stream.aclose()
         with trio.fail_after(GUARD_S):
