@@ -85,16 +85,7 @@ class Client:
 
     def call_within(self, timeout_s: float, method: str, /, **parameters: Any) -> Parameters:
         """As :meth:`call`, for a call that may take longer or shorter than others."""
-        full_name, message = _encoded(method, parameters, Flag.NONE)
-        try:
-            reply = self._exchange(full_name, message, time.monotonic() + timeout_s)
-        except BaseException:
-            # A reply that comes later must not be taken for the answer to the next call.
-            self.close()
-            raise
-        if reply.error:
-            raise error_of(reply, method=full_name)
-        return reply.parameters
+        return self._first_reply(method, parameters, Flag.NONE, timeout_s)
 
     def stream(self, method: str, /, **parameters: Any) -> Iterator[Parameters]:
         """Call a method with ``more`` and yield its replies as they come, however late.
@@ -123,15 +114,7 @@ class Client:
             DaemonUnreachable: Nobody answers.
             XshmError: Whatever the daemon replied.
         """
-        full_name, message = _encoded(method, parameters, Flag.MORE)
-        try:
-            reply = self._exchange(full_name, message, time.monotonic() + self._timeout_s)
-        except BaseException:
-            self.close()
-            raise
-        if reply.error:
-            raise error_of(reply, method=full_name)
-        return reply.parameters
+        return self._first_reply(method, parameters, Flag.MORE, self._timeout_s)
 
     def next_reply(self, timeout_s: float) -> Parameters | None:
         """Return the next reply of what :meth:`begin` began; None if there is none in time.
@@ -159,6 +142,20 @@ class Client:
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is a reply; -1 if closed."""
         return -1 if self._socket is None else self._socket.fileno()
+
+    def _first_reply(
+        self, method: str, parameters: Parameters, flag: Flag, timeout_s: float
+    ) -> Parameters:
+        full_name, message = _encoded(method, parameters, flag)
+        try:
+            reply = self._exchange(full_name, message, time.monotonic() + timeout_s)
+        except BaseException:
+            # A reply that comes later must not be taken for the answer to the next call.
+            self.close()
+            raise
+        if reply.error:
+            raise error_of(reply, method=full_name)
+        return reply.parameters
 
     def _exchange(self, method: str, message: bytes, deadline: float) -> Reply:
         try:
