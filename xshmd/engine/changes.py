@@ -24,11 +24,11 @@ from xshmd.engine.grants import Grants
 from xshmd.engine.holders import Holders
 from xshmd.engine.intents import Intent, Part
 from xshmd.engine.ledger import Ledger
-from xshmd.engine.pauses import LIMIT, pause_count
+from xshmd.engine.pauses import LIMIT, OwedPauses, pause_count
 from xshmd.engine.window_plan import Join
 from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
-from xshmd.errors import DomainGone, HypercallFailed, NoSuchGuest, StoreTrouble, TimedOut, XshmError
+from xshmd.errors import DomainGone, NoSuchGuest, StoreTrouble, TimedOut, XshmError
 from xshmd.model import Guest, GuestState, Region, RegionRequest
 from xshmd.policy.changes import ChangePlan, GuestChange
 from xshmd.policy.grouping import is_new_home
@@ -60,8 +60,7 @@ class Changes:
         self._ledger, self._holders, self._hub = ledger, holders, hub
         self._grants = grants
         self._had: dict[str, set[Span]] = {}
-        self._owed: list[Guest] = []
-        """Guests whose pause Xen would not take back yet."""
+        self._owed = OwedPauses(xen)
 
     # -- a set of changes -----------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Changes:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to be undone, finished or given back."""
-        return not self._ledger.intents and not self._owed
+        return not self._ledger.intents and not self._owed.is_any
 
     def _now(self, intent: Intent) -> Intent:
         return self._ledger.intent(intent.id) or intent
@@ -173,9 +172,7 @@ class Changes:
 
     async def settle(self) -> None:
         """Undo or finish what was cut off; what cannot be now is tried again at the next look."""
-        owed, self._owed = self._owed, []
-        for guest in owed:
-            self._unpause(guest)
+        self._owed.pay()
         for intent in self._ledger.intents:
             try:
                 if intent.is_committed:
@@ -406,18 +403,9 @@ class Changes:
         try:
             yield part
         finally:
-            self._unpause(guest)
+            self._owed.unpause(guest)
             now = next(one for one in self._now(intent).parts if one.generation == part.generation)
             self._ledger.know_part(intent.id, dataclasses.replace(now, pauses=None))
-
-    def _unpause(self, guest: Guest) -> None:
-        try:
-            identity.unpause(self._xen, guest)
-        except DomainGone:
-            pass
-        except HypercallFailed as error:
-            log.error("guest not unpaused yet", guest=guest.name, reason=error.one_line())
-            self._owed.append(guest)
 
     async def give_pauses_back(self) -> None:
         """After a start: leave on every guest the pauses of others, and none of ours."""

@@ -15,9 +15,9 @@ import trio
 
 from xshmd.engine import identity
 from xshmd.engine.ledger import Ledger
-from xshmd.engine.pauses import pause_count
+from xshmd.engine.pauses import OwedPauses, pause_count
 from xshmd.engine.window_records import Window
-from xshmd.errors import Conflict, DomainGone, HypercallFailed
+from xshmd.errors import Conflict, DomainGone
 from xshmd.model import Guest, GuestState, Holder
 from xshmd.ports import Hypervisor
 
@@ -32,8 +32,8 @@ class Standstill:
         self._times: dict[str, dict[str, int]] = {}
         """By holder: on which guests this life has a pause, and their CPU time when it came."""
         self._began: dict[str, float] = {}
-        self._owed: list[Guest] = []
-        """Guests whose pause Xen would not take back yet."""
+        self.owed = OwedPauses(xen)
+        """Pauses that are to be given back."""
 
     # -- who ------------------------------------------------------------------------------------
 
@@ -154,27 +154,7 @@ class Standstill:
         times = self._times.pop(window.holder_uuid, {})
         for guest in self._paused_by(window):
             if guest.generation in times:
-                self._unpause(guest)
+                self.owed.unpause(guest)
         lasted_s = self.lasted_s(window.holder_uuid)
         self._began.pop(window.holder_uuid, None)
         return round(lasted_s * 1e6) if times else 0
-
-    def _unpause(self, guest: Guest) -> None:
-        try:
-            identity.unpause(self._xen, guest)
-        except DomainGone:
-            pass
-        except HypercallFailed as error:
-            log.error("guest not unpaused yet", guest=guest.name, reason=error.one_line())
-            self._owed.append(guest)
-
-    @property
-    def is_owing(self) -> bool:
-        """Whether there is a pause that Xen would not take back yet."""
-        return bool(self._owed)
-
-    def pay(self) -> None:
-        """Try again to give back what could not be."""
-        owed, self._owed = self._owed, []
-        for guest in owed:
-            self._unpause(guest)

@@ -70,7 +70,7 @@ class Windows:
     @property
     def is_settled(self) -> bool:
         """Whether no window is open, and no pause owed to anybody."""
-        return not self._ledger.windows and not self._still.is_owing
+        return not self._ledger.windows and not self._still.owed.is_any
 
     async def renew(
         self, holder_uuid: str, region_ids: Iterable[str], *, reason: str, join: Join | None = None
@@ -306,7 +306,7 @@ class Windows:
 
     async def settle(self) -> None:
         """Finish or undo windows that could not be; what cannot be now is tried again later."""
-        self._still.pay()
+        self._still.owed.pay()
         for window in self._ledger.windows:
             try:
                 await self._resume(window)
