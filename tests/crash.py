@@ -28,8 +28,10 @@ from xshmd.ports import CreationLock, HeldLock, Hypervisor, Keeper, Store
 from xshmd.units import DomId
 
 T = TypeVar("T")
-SWEEP_STEP: Final = int(os.environ.get("XSHMD_SWEEP_STEP", "4"))
-"""Every how manieth cut is played; XSHMD_SWEEP_STEP=1 plays all, which takes some minutes."""
+SWEEP_STEP: Final = int(os.environ.get("XSHMD_SWEEP_STEP", "7"))
+"""Every how manieth cut is played; XSHMD_SWEEP_STEP=1 plays all, which takes some minutes.
+
+A prime: boundaries have two or three cuts each, of which it is to be another one each time."""
 RESTART_S: Final = 0.1
 """How soon systemd starts the daemon again."""
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.sweep
+
 TESTS = Path(__file__).parent
 FORGETFUL = """
 import sys, crash_tree
@@ -27,12 +31,12 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_cut_of_one_operation() -> None:
-    done = _run("-m", "crash_tree", *OF_ONE, "create c", "--second", "0.1")
+    done = _run("-m", "crash_tree", *OF_ONE, "create c", "--second", "0.03")
     assert done.returncode == 0, done.stdout + done.stderr
     sequences, cuts, second_cuts, failures = _counts(done.stdout)
     assert (sequences, failures) == (1, 0)
     assert cuts > 10
-    assert second_cuts > 5
+    assert second_cuts > 2
 
 
 def test_what_a_recovery_leaves_undone_is_seen() -> None:

@@ -13,6 +13,8 @@ from xshmd.errors import Refused
 from xshmd.machine import Arch
 from xshmd.model import RegionConfig, RegionRequest
 
+pytestmark = pytest.mark.sweep
+
 
 async def _up(host: World, made: Made) -> None:
     await host.until(lambda: host.running(made), f"{made.config.name} running")
@@ -230,15 +232,17 @@ def test_every_cut(scenario: Scenario, arch: Arch) -> None:
 
 def test_the_pauses_of_others_outlive_every_cut() -> None:
     """All that Xen allows are taken to count them, so there are a thousand places to be cut at."""
-    count, failed = sweep(changes_to_a_paused_guest, step=16 * SWEEP_STEP)
+    count, failed = sweep(changes_to_a_paused_guest, step=9 * SWEEP_STEP)
     assert failed == []
     assert count > 10
 
 
 @pytest.mark.parametrize(
-    "scenario", [two_guests, refusal, late_join_of_two], ids=lambda scenario: scenario.__name__
+    ("scenario", "share"),
+    [(two_guests, 2), (refusal, 2), (late_join_of_two, 5)],
+    ids=["two_guests", "refusal", "late_join_of_two"],
 )
-def test_a_cut_in_the_recovery_from_a_cut(scenario: Scenario) -> None:
-    count, failed = sweep_twice(scenario)
+def test_a_cut_in_the_recovery_from_a_cut(scenario: Scenario, share: int) -> None:
+    count, failed = sweep_twice(scenario, step=share * SWEEP_STEP)
     assert failed == []
     assert count > 10

@@ -117,7 +117,7 @@ class _Connection:
                 self._complaints.warn("client refused", uid=self._uid)
                 await self._send(permission_denied())
                 return False
-            await self._seat.turn(wire.weight(message))
+            await self._seat.turn(wire.weight_to_read(message))
             call = self._dispatcher.parse(message)
             del message  # a large one takes its memory once
             self._seat.begin()

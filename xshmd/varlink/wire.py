@@ -150,6 +150,12 @@ def weight(message: bytes) -> int:
     return sum(message.count(mark) for mark in _WEIGHTY)
 
 
+def weight_to_read(message: bytes) -> int:
+    """Return the weight of a message that is read; one that is too heavy is not, at no cost."""
+    found = weight(message)
+    return found if found <= MAX_WEIGHT else 0
+
+
 def parse_call(message: bytes) -> Call:
     """Return the call a message holds.
 
