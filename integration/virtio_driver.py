@@ -13,6 +13,8 @@ from xshmd.vhost_user.payloads import VringAddress
 from xshmd.vhost_user.virtqueue import DESC_F_NEXT, DESC_F_WRITE
 
 PAGE = 4096
+DATA = 3 * PAGE
+"""Where in the memory the requests' own data begins: after the three parts of the queue."""
 
 
 class Driver:
@@ -35,7 +37,7 @@ class Driver:
         already: int = 0,
     ) -> None:
         self.memory, self._guest, self._user, self.size = memory, guest_address, user_address, size
-        self._available, self._used, self._buffers = PAGE, 2 * PAGE, 3 * PAGE
+        self._available, self._used = PAGE, 2 * PAGE
         self._sent = already
         for ring in (self._available, self._used):
             struct.pack_into("<H", memory, ring + 2, already)
@@ -55,6 +57,10 @@ class Driver:
         kick, call = (self.kick, self.call) if events else (-1, -1)
         return Queue(size=self.size, where=where, kick=kick, call=call)
 
+    def at(self, page: int) -> int:
+        """Return the guest address of a page for requests' data."""
+        return self._guest + DATA + page * PAGE
+
     def descriptor(self, index: int, address: int, length: int, flags: int, following: int) -> None:
         struct.pack_into("<QIHH", self.memory, 16 * index, address, length, flags, following)
 
@@ -73,10 +79,9 @@ class Driver:
 
     def place(self, request: bytes, room: int) -> None:
         """Write a request of one buffer to read and one to write into the ring, and offer it."""
-        at = self._buffers
-        self.memory[at : at + len(request)] = request
-        self.descriptor(0, self._guest + at, len(request), DESC_F_NEXT, 1)
-        self.descriptor(1, self._guest + at + PAGE, room, DESC_F_WRITE, 0)
+        self.memory[DATA : DATA + len(request)] = request
+        self.descriptor(0, self.at(0), len(request), DESC_F_NEXT, 1)
+        self.descriptor(1, self.at(1), room, DESC_F_WRITE, 0)
         self.offer(0)
 
     def answer(self, room: int) -> bytes:
@@ -85,16 +90,20 @@ class Driver:
         head, written = struct.unpack_from("<II", self.memory, slot)
         assert head == 0
         assert written <= room
-        return bytes(self.memory[self._buffers + PAGE : self._buffers + PAGE + room])
+        return bytes(self.memory[DATA + PAGE : DATA + PAGE + room])
 
     def ask(self, request: bytes, room: int, timeout_s: float = 60.0) -> bytes:
         """Have the device answer a request, woken by the queue's events."""
         self.place(request, room)
         os.eventfd_write(self.kick, 1)
+        self.wait(timeout_s)
+        return self.answer(room)
+
+    def wait(self, timeout_s: float = 60.0) -> None:
+        """Wait until everything that was offered has come back, woken by the queue's event."""
         deadline = time.monotonic() + timeout_s
         while self.used != self._sent & 0xFFFF:
             left = deadline - time.monotonic()
             assert left > 0, "the device does not answer"
             if select.select([self.call], [], [], left)[0]:
                 os.eventfd_read(self.call)
-        return self.answer(room)
