@@ -42,10 +42,6 @@ TWO_HEX = "0000204000000000 0020000000000000 0000003a00000000 0000000000000000"
 GOLDEN = [
     (Message(Request.GET_FEATURES), "01000000 01000000 00000000"),
     (
-        Message(Request.GET_FEATURES, payloads.encode_u64(0x140000000), flags=VERSION | FLAG_REPLY),
-        "01000000 05000000 08000000 0000004001000000",
-    ),
-    (
         Message(Request.SET_FEATURES, payloads.encode_u64(1 << 32)),
         "02000000 01000000 08000000 0000000001000000",
     ),
@@ -145,6 +141,112 @@ GOLDEN = [
 ]  # fmt: skip
 
 
+ACKNOWLEDGED = VERSION | FLAG_REPLY
+
+
+def reply(request: Request, payload: bytes) -> Message:
+    return Message(request, payload, flags=ACKNOWLEDGED)
+
+
+def ack(request: Request, hexes: str) -> tuple[Message, str]:
+    """REPLY_ACK's answer to a request that has none of its own: it went well."""
+    return reply(request, payloads.encode_u64(0)), f"{hexes} 05000000 08000000 0000000000000000"
+
+
+REPLIES = [
+    (
+        reply(Request.GET_FEATURES, payloads.encode_u64(0x140000000)),
+        "01000000 05000000 08000000 0000004001000000",
+    ),
+    (
+        reply(
+            Request.GET_PROTOCOL_FEATURES,
+            payloads.encode_u64(ProtocolFeature.REPLY_ACK | ProtocolFeature.XEN_MMAP),
+        ),
+        "0f000000 05000000 08000000 0800020000000000",
+    ),
+    (
+        reply(Request.GET_QUEUE_NUM, payloads.encode_u64(2)),
+        "11000000 05000000 08000000 0200000000000000",
+    ),
+    (
+        reply(Request.GET_MAX_MEM_SLOTS, payloads.encode_u64(64)),
+        "24000000 05000000 08000000 4000000000000000",
+    ),
+    (
+        reply(Request.GET_VRING_BASE, payloads.encode_state(VringState(3, 65535))),
+        "0b000000 05000000 08000000 03000000 ffff0000",
+    ),
+    (
+        reply(Request.GET_CONFIG, payloads.encode_config(Config(4, 0, b"\1\2\3"))),
+        "18000000 05000000 0f000000 04000000 03000000 00000000 010203",
+    ),
+    (
+        reply(Request.GET_STATUS, payloads.encode_u64(0xF)),
+        "28000000 05000000 08000000 0f00000000000000",
+    ),
+    ack(Request.SET_FEATURES, "02000000"),
+    ack(Request.SET_OWNER, "03000000"),
+    ack(Request.RESET_OWNER, "04000000"),
+    ack(Request.SET_MEM_TABLE, "05000000"),
+    ack(Request.SET_VRING_NUM, "08000000"),
+    ack(Request.SET_VRING_ADDR, "09000000"),
+    ack(Request.SET_VRING_BASE, "0a000000"),
+    ack(Request.SET_VRING_KICK, "0c000000"),
+    ack(Request.SET_VRING_CALL, "0d000000"),
+    ack(Request.SET_VRING_ERR, "0e000000"),
+    ack(Request.SET_PROTOCOL_FEATURES, "10000000"),
+    ack(Request.SET_VRING_ENABLE, "12000000"),
+    ack(Request.SET_BACKEND_REQ_FD, "15000000"),
+    ack(Request.SET_CONFIG, "19000000"),
+    ack(Request.RESET_DEVICE, "22000000"),
+    ack(Request.ADD_MEM_REG, "25000000"),
+    ack(Request.REM_MEM_REG, "26000000"),
+    ack(Request.SET_STATUS, "27000000"),
+    (
+        reply(Request.ADD_MEM_REG, payloads.encode_u64(1)),
+        "25000000 05000000 08000000 0100000000000000",
+    ),
+]
+
+IN_ADVANCE = "0080000000000080 0010000000000000 0000000000000000 0000000000000000"
+TABLES = [
+    (Request.SET_MEM_TABLE, (), False, "05000000 01000000 08000000 00000000 00000000"),
+    (Request.SET_MEM_TABLE, (), True, "05000000 01000000 08000000 00000000 00000000"),
+    (
+        Request.SET_MEM_TABLE, (ONE,) * 8, False,
+        "05000000 01000000 08010000 08000000 00000000" + ONE_HEX * 8,
+    ),
+    (
+        Request.SET_MEM_TABLE, (GRANTED,) * 8, True,
+        "05000000 01000000 48010000 08000000 00000000" + f"{IN_ADVANCE} 02010000 09000000" * 8,
+    ),
+    (Request.ADD_MEM_REG, (ONE,), False, f"25000000 01000000 28000000 0000000000000000 {ONE_HEX}"),
+    (
+        Request.ADD_MEM_REG, (ONE,), True,
+        f"25000000 01000000 30000000 0000000000000000 {ONE_HEX} 0000000000000000",
+    ),
+    (
+        Request.ADD_MEM_REG, (TWO,), True,
+        f"25000000 01000000 30000000 0000000000000000 {TWO_HEX} 01000000 07000000",
+    ),
+    (
+        Request.ADD_MEM_REG, (GRANTED,), True,
+        f"25000000 01000000 30000000 0000000000000000 {IN_ADVANCE} 02010000 09000000",
+    ),
+    (Request.REM_MEM_REG, (ONE,), False, f"26000000 01000000 28000000 0000000000000000 {ONE_HEX}"),
+    (
+        Request.REM_MEM_REG, (ONE,), True,
+        f"26000000 01000000 30000000 0000000000000000 {ONE_HEX} 0000000000000000",
+    ),
+    (
+        Request.REM_MEM_REG, (GRANTED,), True,
+        f"26000000 01000000 30000000 0000000000000000 {IN_ADVANCE} 02010000 09000000",
+    ),
+]  # fmt: skip
+"""Whatever describes memory: request, regions, whether with the fields for Xen, bytes."""
+
+
 def feed(inbox: Inbox, data: bytes) -> list[Message]:
     """Feed bytes as a socket would give them: never more than is wanted."""
     found = []
@@ -155,11 +257,26 @@ def feed(inbox: Inbox, data: bytes) -> list[Message]:
     return found
 
 
-@pytest.mark.parametrize(("message", "hexes"), GOLDEN)
+@pytest.mark.parametrize(("message", "hexes"), GOLDEN + REPLIES)
 def test_golden(message: Message, hexes: str) -> None:
     assert sys.byteorder == "little"
     assert wire.encode(message) == bytes.fromhex(hexes)
     assert feed(Inbox(), bytes.fromhex(hexes)) == [message]
+
+
+@pytest.mark.parametrize(("request_", "regions", "xen", "hexes"), TABLES)
+def test_golden_memory(
+    request_: Request, regions: tuple[MemoryRegion, ...], xen: bool, hexes: str
+) -> None:
+    """Its bytes mean the regions, and the regions these bytes."""
+    (message,) = feed(Inbox(), bytes.fromhex(hexes))
+    assert (message.request, message.flags) == (request_, VERSION)
+    if request_ == Request.SET_MEM_TABLE:
+        assert payloads.decode_table(message.payload, xen=xen) == regions
+        assert payloads.encode_table(regions, xen=xen) == message.payload
+    else:
+        assert (payloads.decode_single(message.payload, xen=xen),) == regions
+        assert payloads.encode_single(regions[0], xen=xen) == message.payload
 
 
 def foreign(guest_address: int, size_bytes: int, user_address: int) -> MemoryRegion:
@@ -207,6 +324,10 @@ def test_no_message_is_longer_than_may_be() -> None:
 
 def test_every_request_has_a_vector() -> None:
     assert {message.request for message, _ in GOLDEN} == set(Request)
+    assert {message.request for message, _ in REPLIES} == set(Request)
+    memory = {Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG}
+    for with_xen in (False, True):
+        assert {request for request, _, xen, _ in TABLES if xen == with_xen} == memory
 
 
 def test_payloads_come_back() -> None:
