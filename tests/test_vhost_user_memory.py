@@ -14,7 +14,7 @@ from fakes.xen_devices import XenDevices
 
 from xshmd.units import DOMID_FIRST_RESERVED, DomId, Gfn
 from xshmd.vhost_user import table
-from xshmd.vhost_user.memory import CannotMap, Memory, OutsideMemory
+from xshmd.vhost_user.memory import MAX_PLAIN_BYTES, CannotMap, Memory, OutsideMemory
 from xshmd.vhost_user.payloads import MemoryRegion, XenFlag
 from xshmd.vhost_user.wire import ProtocolViolation
 from xshmd.xen import device_maps
@@ -296,6 +296,19 @@ def test_there_is_a_limit_to_domains_memory(devices: XenDevices) -> None:
     more = dataclasses.replace(FOREIGN, guest_address=AT + 4 * PAGE, user_address=0)
     with pytest.raises(ProtocolViolation, match="32768 bytes of domains' memory"):
         memory.add(more, [devices.open()], xen=True)
+    memory.close()
+
+
+def test_there_is_a_limit_to_plain_memory() -> None:
+    """A file with nothing in it costs a front-end nothing, and us addresses that others need."""
+    half = dataclasses.replace(PLAIN, size_bytes=MAX_PLAIN_BYTES // 2, user_address=0)
+    other = dataclasses.replace(half, guest_address=1 << 50, user_address=1 << 50)
+    more = dataclasses.replace(PLAIN, guest_address=1 << 60, user_address=1 << 60)
+    memory = Memory()
+    memory.replace([half, other], [memfd(half.size_bytes) for _ in range(2)], xen=False)
+    for xen in (False, True):
+        with pytest.raises(ProtocolViolation, match="bytes of plain memory"):
+            memory.add(more, [memfd()], xen=xen)
     memory.close()
 
 

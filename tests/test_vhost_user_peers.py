@@ -7,6 +7,8 @@ import array
 import contextlib
 import dataclasses
 import os
+import resource
+import select
 import socket
 import struct
 import threading
@@ -378,11 +380,98 @@ def test_there_are_not_more_than_so_many(served: Served, monkeypatch: pytest.Mon
         each.close()
 
 
+def test_there_is_a_descriptor_for_everyone_or_they_are_turned_away(served: Served) -> None:
+    """Otherwise one front-end could take those that another is about to send."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    each = 1 + session_module.Session(BlockDevice(served.disk), Memory()).most_fds
+    few = backend_module.OTHER_FDS + 2 * each
+    assert open_fds() < few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        held = [served.raw() for _ in range(3)]
+        assert is_ended(held[2])
+        served.wait_said("turned away: there are 2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for connected in held:
+        connected.close()
+
+
+def kick(fd: int) -> Message:
+    """The first queue's event."""
+    return Message(Request.SET_VRING_KICK, payloads.encode_u64(0), (fd,))
+
+
+def an_epoll() -> int:
+    """What cannot be read, and is of a kind with an eventfd."""
+    with select.epoll() as made:
+        return os.dup(made.fileno())
+
+
+def broken_pipe() -> int:
+    """The end of a pipe that is for writing, and nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (an_epoll, "neither an eventfd nor a pipe"),
+        (lambda: os.open("/dev/null", os.O_RDWR), "neither an eventfd nor a pipe"),
+        (broken_pipe, "the event of queue 0 cannot be read"),
+    ],
+)
+def test_an_event_that_is_none(
+    served: Served, shared: tuple[int, memoryview], make: Callable[[], int], says: str
+) -> None:
+    fd, view = shared
+    good = served.connect()
+    frontend = Frontend(good)
+    frontend.negotiate(xen=False)
+    frontend.give([REGION], lambda _: os.dup(fd))
+    hostile = served.connect()
+    event = make()
+    hostile.send(kick(event))
+    served.wait_said(says)
+    os.close(event)
+    hostile.close()
+    use(frontend, view, served.disk)
+    good.close()
+
+
+def test_an_event_that_was_replaced_wakes_nobody() -> None:
+    """The front-end still has the one before open, and signals it."""
+    ours, theirs = socket.socketpair()
+    backend = Backend(lambda: BlockDevice(0))
+    backend.add(theirs)
+    channel = Channel(ours)
+    events = [os.eventfd(0), os.eventfd(0)]
+    for event in events:
+        channel.send(kick(event))
+        backend.turn(0)
+    os.eventfd_write(events[0], 1)
+    timer = threading.Timer(0.1, backend.stop)
+    timer.start()
+    backend.turn(WAIT_S)
+    assert not backend._running, "it was woken by what is not its queue's event any more"
+    timer.join()
+    os.eventfd_write(events[1], 1)
+    backend.turn(WAIT_S)
+    assert backend.connection_count == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(events[1])  # it was taken
+    backend.close()
+    channel.close()
+    for event in events:
+        os.close(event)
+
+
 def test_an_event_that_nobody_holds_any_more(served: Served) -> None:
     connected = served.raw()
     read, write = os.pipe()
-    kick = Message(Request.SET_VRING_KICK, payloads.encode_u64(0))
-    send(connected, wire.encode(kick), [read])
+    send(connected, wire.encode(kick(read)), [read])
     os.close(read)
     os.close(write)
     features = wire.encode(Message(Request.GET_FEATURES))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from integration.virtio_driver import PAGE, Driver
-from xshmd.vhost_user import payloads, virtqueue, wire
+from xshmd.vhost_user import payloads, virtqueue, vring, wire
 from xshmd.vhost_user.memory import CannotMap, Memory
 from xshmd.vhost_user.payloads import MemoryRegion, VringState
 from xshmd.vhost_user.session import FEATURES, MAX_MEM_SLOTS, PROTOCOL_FEATURES, Session
@@ -450,6 +450,27 @@ def test_a_driver_that_goes_on_and_on_is_not_answered_in_one_go(
         assert session.vrings[0].more
     driver.close()
     session.close()
+
+
+def test_long_requests_are_not_all_answered_in_one_go(
+    session: Session, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two buffers and the eight pages they are make ten; empty buffers count as well."""
+    monkeypatch.setattr(vring, "TURN_WEIGHT", 25)
+    driver.descriptor(0, driver.at(0), 4 * PAGE, DESC_F_NEXT, 1)
+    driver.descriptor(1, driver.at(0), 4 * PAGE, DESC_F_WRITE, 0)
+    for head in range(2, 8):
+        driver.descriptor(head, driver.at(0), 0, DESC_F_NEXT if head < 7 else 0, head + 1)
+    for head in (0, 0, 0, 2, 2, 2, 2):
+        driver.offer(head)
+    assert [session.process(0) for _ in range(3)] == [3, 4, 0]
+    for _ in range(4):
+        driver.offer(0)
+    done = session.process(0)
+    assert done == 3
+    assert session.vrings[0].more
+    assert session.process(0) == 1
+    assert not session.vrings[0].more
 
 
 def test_a_full_event_does_not_hold_the_device_up(session: Session, driver: Driver) -> None:

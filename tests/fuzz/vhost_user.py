@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -58,11 +59,16 @@ class _World:
         self._device = self.devices.open(HOLDER)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._empty = os.memfd_create("empty")
+        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        self._epoll = select.epoll()
         self.window = Window(8 * PAGE)
         self.window.place(self._memory)
 
     def open(self, kind: int) -> int:
-        kinds = (self._memory, self._device, self._event, self._empty)
+        kinds = (
+            self._memory, self._device, self._event, self._empty, self._read, self._write,
+            self._epoll.fileno(),
+        )  # fmt: skip
         return os.dup(kinds[kind % len(kinds)])
 
 

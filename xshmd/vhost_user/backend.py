@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import selectors
 import socket
 import time
@@ -26,6 +27,8 @@ MESSAGE_S: Final = 10.0
 POLL_S: Final = 0.001
 """How often queues are looked at that nobody announces anything in."""
 MAX_CONNECTIONS: Final = 64
+OTHER_FDS: Final = 64
+"""Descriptors of the process that are no connection's: its own files, and those in transit."""
 _BURST: Final = 64
 """Messages of one connection that are answered before others have their turn."""
 
@@ -71,7 +74,9 @@ class Backend:
         memory: Callable[[], Memory] = Memory,
     ) -> None:
         self._device, self._say, self._memory = device, say, memory
-        self._selector = selectors.DefaultSelector()
+        # poll() remembers nothing: epoll would go on telling of a queue's event that is closed here
+        # and open at the front-end, and knows kinds of files that it does not take.
+        self._selector = selectors.PollSelector()
         self._connections: list[_Connection] = []
         self._count = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -107,8 +112,11 @@ class Backend:
 
     def add(self, connected: socket.socket, name: str = "the front-end") -> None:
         """Serve the front-end at the other end of this socket, which is ours from now on."""
+        self._begin(connected, Session(self._device(), self._memory()), name)
+
+    def _begin(self, connected: socket.socket, session: Session, name: str) -> None:
         connected.setblocking(False)
-        connection = _Connection(Channel(connected), Session(self._device(), self._memory()), name)
+        connection = _Connection(Channel(connected), session, name)
         self._connections.append(connection)
         self._selector.register(connected, selectors.EVENT_READ, lambda: self._receive(connection))
 
@@ -123,12 +131,23 @@ class Backend:
         except OSError as error:  # it is gone again, or we are out of descriptors
             self._say(f"a front-end could not be accepted: {error}")
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        session = Session(self._device(), self._memory())
+        if len(self._connections) >= MAX_CONNECTIONS or not self._has_room_for(session):
             connected.close()
-            self._say(f"a front-end was turned away: there are {MAX_CONNECTIONS}")
+            self._say(f"a front-end was turned away: there are {len(self._connections)}")
             return
         self._count += 1
-        self.add(connected, f"front-end {self._count} of {path}")
+        self._begin(connected, session, f"front-end {self._count} of {path}")
+
+    def _has_room_for(self, session: Session) -> bool:
+        """Return whether it and all others can have every descriptor that they may come to hold.
+
+        Otherwise one of them could take what another is about to receive.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        sessions = [session, *(connection.session for connection in self._connections)]
+        needed = OTHER_FDS + sum(1 + each.most_fds for each in sessions)
+        return limit == resource.RLIM_INFINITY or needed <= limit
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -141,7 +160,9 @@ class Backend:
             self.close()
 
     def stop(self) -> None:
-        """Have :meth:`run` end."""
+        """Have :meth:`run` end; once it has, this does nothing."""
+        if not self._running:
+            return  # there may be another's descriptor by that number by now
         self._running = False
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"!")
@@ -161,6 +182,7 @@ class Backend:
 
     def close(self) -> None:
         """End every connection and close every descriptor; nothing can be served afterwards."""
+        self._running = False
         for connection in tuple(self._connections):
             self._end(connection, "")
         for key in tuple(self._selector.get_map().values()):
@@ -220,16 +242,20 @@ class Backend:
 
     def _unwatch(self, connection: _Connection) -> None:
         for fd in connection.watched:
-            # One that is closed already has left the selector's kernel side by itself.
             self._selector.unregister(fd)
         connection.watched = {}
 
     def _kicked(self, connection: _Connection, index: int) -> None:
         vring = connection.session.vrings[index]
-        with contextlib.suppress(BlockingIOError):
+        try:
             if not os.read(vring.kick, 8):  # a pipe whose other end is gone
                 self._selector.unregister(vring.kick)
                 del connection.watched[vring.kick]
+        except BlockingIOError:
+            pass
+        except OSError as error:  # the end of a pipe that is for writing
+            self._end(connection, f"the event of queue {index} cannot be read: {error}")
+            return
         connection.session.process(index)
 
     def _process(self, connection: _Connection) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import struct
 import sys
@@ -106,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--connect", action="store_true", help="connect to the socket instead of listening at it"
     )
     chosen = parser.parse_args(arguments)
+    # Each front-end may come to hold some seventy descriptors.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     fd = os.open(chosen.file, os.O_CLOEXEC | (os.O_RDONLY if chosen.read_only else os.O_RDWR))
     device = BlockDevice(fd, read_only=chosen.read_only)
     backend = Backend(lambda: device, lambda text: print(text, file=sys.stderr, flush=True))

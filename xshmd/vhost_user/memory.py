@@ -23,6 +23,9 @@ from xshmd.xen.windows import Window
 
 MAX_XEN_BYTES: Final = 16 << 30
 """How much of domains' memory a front-end may have mapped: dom0 pays pages of its own for it."""
+MAX_PLAIN_BYTES: Final = 1 << 40
+"""How long its plain memory may be: what is not written costs nothing but addresses, of which a
+process has 2^47."""
 
 
 class OutsideMemory(Exception):
@@ -235,6 +238,9 @@ class Memory:
         )
         if total > self._max_xen_bytes:
             raise ProtocolViolation(f"a memory table is of {total} bytes of domains' memory")
+        plain = sum(region.size_bytes for region in regions if not region.xen_flags)
+        if plain > MAX_PLAIN_BYTES:
+            raise ProtocolViolation(f"a memory table is of {plain} bytes of plain memory")
 
 
 def _guest(region: MemoryRegion) -> int:

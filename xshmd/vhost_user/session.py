@@ -52,6 +52,12 @@ class Session:
         """Whether region descriptions have the fields for Xen."""
         return ProtocolFeature.XEN_MMAP in self._protocol
 
+    @property
+    def most_fds(self) -> int:
+        """How many descriptors it may come to hold."""
+        # Three events of each queue, the channel back, and regions that are mapped on demand.
+        return 3 * len(self.vrings) + 1 + MAX_MEM_SLOTS
+
     def close(self) -> None:
         """Unmap all memory and close all descriptors; may be called again without harm."""
         self.memory.close()

@@ -13,6 +13,7 @@ import threading
 from contextlib import AbstractContextManager
 from typing import Final
 
+from xshmd.units import PAGE_SHIFT
 from xshmd.vhost_user.memory import Memory
 from xshmd.vhost_user.payloads import VringAddress
 
@@ -50,6 +51,12 @@ class Chain:
     @property
     def writable_bytes(self) -> int:
         return sum(buffer.size_bytes for buffer in self.writable)
+
+    @property
+    def weight(self) -> int:
+        """What it costs to answer, in buffers and pages."""
+        buffers = (*self.readable, *self.writable)
+        return len(buffers) + (sum(buffer.size_bytes for buffer in buffers) >> PAGE_SHIFT)
 
 
 class Virtqueue:

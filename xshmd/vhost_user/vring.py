@@ -17,8 +17,9 @@ from xshmd.vhost_user.wire import ProtocolViolation
 _BROKEN: Final = (BrokenQueue, OutsideMemory, CannotMap)
 """What a driver can make happen."""
 _ONE: Final = (1).to_bytes(8, sys.byteorder)
-_ANONYMOUS: Final = 0
-"""The kind of file that an eventfd is."""
+_EVENTFD: Final = "anon_inode:[eventfd]"
+TURN_WEIGHT: Final = 1 << 14
+"""How much a queue may have done before others have their turn: see :attr:`Chain.weight`."""
 
 
 class Device(Protocol):
@@ -91,7 +92,7 @@ class Vring:
             self.replace(name, -1)
 
     def process(self, device: Device, memory: Memory, index: int) -> int:
-        """Answer what waits in the queue, up to its size; return how many requests that were.
+        """Answer what waits in the queue, as much as is one turn; return how many requests it was.
 
         A queue in which the driver put what makes no sense is not looked at again until it is set
         up anew; its error descriptor, if it has one, says so.
@@ -101,7 +102,7 @@ class Vring:
             memory: What the addresses are of.
             index: Which queue of the device it is.
         """
-        done = 0
+        done = weight = 0
         notify = self.more = False
         try:
             if self.broken or not self.enabled:
@@ -111,9 +112,10 @@ class Vring:
                 written = device.handle(memory, index, chain)
                 notify |= queue.push(chain, written)
                 done += 1
-                # A driver that adds on and on, or a request that writes into the ring, must not
-                # keep other front-ends waiting.
-                if done >= self.size:
+                weight += chain.weight
+                # A driver that adds on and on, a request that writes into the ring, or requests
+                # that are long must not keep other front-ends waiting.
+                if done >= self.size or weight >= TURN_WEIGHT:
                     self.more = True
                     break
         except _BROKEN:
@@ -132,8 +134,8 @@ class Vring:
 
 def check_event(fd: int) -> None:
     """Raise unless reading and writing this can do nothing but wake somebody."""
-    kind = stat.S_IFMT(os.fstat(fd).st_mode)
-    if kind not in (_ANONYMOUS, stat.S_IFIFO):
+    # Only its name tells an eventfd from others of its kind, such as an epoll or an inotify.
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode) and os.readlink(f"/proc/self/fd/{fd}") != _EVENTFD:
         raise ProtocolViolation("a queue's event is neither an eventfd nor a pipe")
     os.set_blocking(fd, False)
 
