@@ -39,6 +39,8 @@ from xshmd.xen.windows import Window
 
 Captured = pytest.CaptureFixture[str]
 HOLDER = DomId(3)
+NEXT = DomId(9)
+"""The number of a holder that is made later."""
 FIRST = 0x100
 WAIT_S = 60.0
 GUEST_HAS_IT = 0x38000000
@@ -226,18 +228,12 @@ def test_connect_with_a_queue_of_the_guest(
     back_end.backend.listen(path)
     back_end.start()
     driver = Driver(holder, GUEST_HAS_IT, GUEST_HAS_IT)
-    where = driver.queue().where
 
     def script() -> None:
-        driver.place(b"from the guest", 14)
-        wait(lambda: driver.used == 1)
-        assert driver.answer(14) == b"FROM THE GUEST"
+        assert shouted(driver, b"from the guest") == b"FROM THE GUEST"
 
-    status = run(
-        script, "connect", str(path), "--guest=ctl", "--addresses=guest", "--json=short",
-        f"--queue=size=8,descriptors={where.descriptors},available={where.available:#x},"
-        f"used={where.used}",
-    )  # fmt: skip
+    options = ("--guest=ctl", "--addresses=guest", "--json=short", queue_option(driver))
+    status = run(script, "connect", str(path), *options)
     driver.close()
     assert status == 128 + signal.SIGTERM
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -248,6 +244,79 @@ def test_connect_with_a_queue_of_the_guest(
             "userAddress": GUEST_HAS_IT, "offset": FIRST << 12, "domainId": 3,
         },
     ]  # fmt: skip
+
+
+def queue_option(driver: Driver) -> str:
+    where = driver.queue().where
+    return (
+        f"--queue=size=8,descriptors={where.descriptors},available={where.available},"
+        f"used={where.used}"
+    )
+
+
+def shouted(driver: Driver, text: bytes) -> bytes:
+    """What the back-end makes of it."""
+    before = driver.used
+    driver.place(text, len(text))
+    wait(lambda: driver.used == before + 1)
+    return driver.answer(len(text))
+
+
+@pytest.mark.usefixtures("socket_path")
+def test_a_backend_that_is_new_goes_on_where_the_one_before_was(
+    back_end: BackEnd, holder: memoryview, tmp_path: Path
+) -> None:
+    """What has been answered is not answered again, and what has not is."""
+    path = tmp_path / "vhost"
+    driver = Driver(holder, GUEST_HAS_IT, GUEST_HAS_IT)
+    again = BackEnd(back_end._devices)
+
+    def script() -> None:
+        back_end.start(path)
+        for text in (b"one", b"two", b"three"):
+            assert shouted(driver, text) == text.upper()
+        back_end.close()
+        driver.place(b"while nobody looked", 19)
+        again.start(path)
+        wait(lambda: driver.used == 4)
+        assert driver.answer(19) == b"WHILE NOBODY LOOKED"
+        (vring, _) = again.backend._connections[0].session.vrings
+        assert vring.base == 3
+
+    options = ("--guest=ctl", "--addresses=guest", queue_option(driver))
+    try:
+        assert run(script, "serve", str(path), *options) == 128 + signal.SIGTERM
+    finally:
+        driver.close()
+        again.close()
+
+
+@pytest.mark.usefixtures("socket_path")
+def test_a_queue_in_another_region_at_the_same_address_is_another(
+    api: Regions, back_end: BackEnd, holder: memoryview, devices: XenDevices, tmp_path: Path
+) -> None:
+    """The guest and its region are made anew before anybody has looked."""
+    path = tmp_path / "vhost"
+    back_end.backend.listen(path)
+    back_end.start()
+    (region,) = SNAPSHOT.regions
+    (part,) = SNAPSHOT.holders
+    renewed = dataclasses.replace(SNAPSHOT, holders=(dataclasses.replace(part, domid=NEXT),))
+    assert region.holder_uuid == part.uuid
+    window = Window(256 << 12)
+    window.place(devices.put(NEXT, Gfn(FIRST), 256))
+    drivers = [Driver(each, GUEST_HAS_IT, GUEST_HAS_IT) for each in (holder, window.view())]
+
+    def script() -> None:
+        for text in (b"one", b"two", b"three"):
+            assert shouted(drivers[0], text) == text.upper()
+        api.happens(renewed)
+        assert shouted(drivers[1], b"anew") == b"ANEW"
+
+    options = ("--guest=ctl", "--addresses=guest", queue_option(drivers[0]))
+    assert run(script, "connect", str(path), *options) == 128 + signal.SIGTERM
+    for driver in drivers:
+        driver.close()
 
 
 @pytest.mark.usefixtures("holder")

@@ -536,7 +536,10 @@ def test_a_backend_that_says_nothing() -> None:
 
 
 def test_an_old_backend_without_protocol_features(shared: tuple[int, memoryview]) -> None:
+    heard: list[int] = []
+
     def reply(message: Message) -> bytes:
+        heard.append(message.request)
         if message.request == Request.GET_FEATURES:
             return wire.encode(Message(message.request, payloads.encode_u64(1 << 32), flags=5))
         for fd in message.fds:
@@ -546,7 +549,13 @@ def test_an_old_backend_without_protocol_features(shared: tuple[int, memoryview]
     frontend, channel, thread = answering(reply)
     frontend.negotiate(xen=False)
     assert frontend.slots == 8
-    frontend.give([REGION], lambda _: os.dup(shared[0]))
-    assert frontend.table == (REGION,)
+    for table in ([REGION], [REGION, OTHER], []):
+        frontend.give(table, lambda _: os.dup(shared[0]))
+        assert frontend.table == tuple(table)
+        # When it has answered, it has done what came before.
+        assert heard[-2:] == [Request.SET_MEM_TABLE, Request.GET_FEATURES]
+    nr_messages = len(heard)
+    frontend.give([], lambda _: -1)
+    assert len(heard) == nr_messages
     channel.close()
     thread.join(WAIT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Final
 from xshmd.client import Lease, connect
 from xshmd.ctl import render
 from xshmd.errors import Conflict, DaemonUnreachable, NoSuchRegion, Refused, XshmError
-from xshmd.units import PAGE_SIZE, DomId, Gfn
+from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn
 from xshmd.varlink.client import Client
 from xshmd.vhost_user import offer, table
 from xshmd.vhost_user.offer import Part, Target, Withheld
@@ -110,6 +111,28 @@ class Lender:
         return os.dup(
             next(fd for part, (fd, _) in self._pinned.items() if part.described == region)
         )
+
+    def used_index(self, used_address: int) -> int:
+        """Return the index of a queue's used ring, which is at this user address: how far it is.
+
+        Raises:
+            Refused: It is in nothing that is lent, or cannot be mapped.
+        """
+        for part, (fd, _) in self._pinned.items():
+            region = part.described
+            offset = used_address + 2 - region.user_address
+            if not 0 <= offset < region.size_bytes:
+                continue
+            gfn = Gfn(table.first_frame(region) + (offset >> PAGE_SHIFT))
+            with Window(PAGE_SIZE) as window:
+                try:
+                    device_maps.map_frames(window, fd, DomId(region.domid), gfn)
+                except OSError as error:
+                    raise Refused(
+                        f"region {part.region_id} cannot be mapped by dom0: {error}"
+                    ) from error
+                return int.from_bytes(window.view(offset % PAGE_SIZE, 2), sys.byteorder)
+        raise Refused(f"the used ring at {used_address:#x} is in no region that is lent")
 
     def keep(self, regions: Sequence[MemoryRegion]) -> None:
         """Let go of all but these: nobody has the rest mapped any more."""

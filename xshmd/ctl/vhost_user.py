@@ -88,13 +88,16 @@ def _serve(
 
 
 def _update(
-    frontend: Frontend, lender: Lender, queues: Sequence[Queue], running: set[int], said: Said
+    frontend: Frontend, lender: Lender, queues: Sequence[Queue], started: set[int], said: Said
 ) -> set[int]:
     """Give and withdraw what has changed; return which queues run now."""
     before = frontend.table
     now = lender.current(before)
     covered = {queue.where.index for queue in queues if _covers(now, queue)}
-    for index in running - covered:
+    # What is under a queue may be another region at the same addresses: that is another queue.
+    same = [region for region in now if region in before]
+    running = {queue.where.index for queue in queues if _covers(same, queue)} & started
+    for index in started - running:
         frontend.stop(index)
     frontend.give(now, lender.open_fd)
     lender.keep(frontend.table)
@@ -104,7 +107,8 @@ def _update(
         said("given", new)
     for queue in queues:
         if queue.where.index in covered - running:
-            frontend.start(queue)
+            # A back-end that is new goes on where the one before it was.
+            frontend.start(queue, lender.used_index(queue.where.used))
     return covered
 
 

@@ -102,14 +102,20 @@ class Frontend:
     def give(self, wanted: Sequence[MemoryRegion], open_fd: OpenFd) -> None:
         """Make the back-end's memory table this one, with as few changes as the protocol allows.
 
-        When it returns, a back-end that knows REPLY_ACK has mapped what is new and unmapped what
-        is not in it any more.
+        When it returns, the back-end has mapped what is new, and unmapped what is no more in it.
 
         Raises:
             Refused: It cannot have so many regions, or could not map them.
         """
         if len(wanted) > self.slots:
             raise Refused(f"the back-end takes {self.slots} regions, and there are {len(wanted)}")
+        if tuple(wanted) != self.table:
+            self._change(wanted, open_fd)
+            if ProtocolFeature.REPLY_ACK not in self.protocol:
+                # Messages are answered in their order, and this one has an answer.
+                self._ask_u64(Request.GET_FEATURES)
+
+    def _change(self, wanted: Sequence[MemoryRegion], open_fd: OpenFd) -> None:
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol:
             for region in self.table:
                 if region not in wanted:
@@ -122,16 +128,21 @@ class Frontend:
                         open_fd,
                     )  # fmt: skip
                     self.table += (region,)
-        elif tuple(wanted) != self.table:
+        else:
             payload = payloads.encode_table(wanted, xen=self.xen)
             self._tell_with_fds(Request.SET_MEM_TABLE, payload, wanted, open_fd)
             self.table = tuple(wanted)
 
-    def start(self, queue: Queue) -> None:
-        """Say where a queue is, and have the back-end look into it."""
+    def start(self, queue: Queue, base: int = 0) -> None:
+        """Say where a queue is, and have the back-end look into it.
+
+        Args:
+            queue: The queue.
+            base: The index of the available ring at which to begin.
+        """
         index = queue.where.index
         self._tell(Request.SET_VRING_NUM, payloads.encode_state(VringState(index, queue.size)))
-        self._tell(Request.SET_VRING_BASE, payloads.encode_state(VringState(index, 0)))
+        self._tell(Request.SET_VRING_BASE, payloads.encode_state(VringState(index, base)))
         self._tell(Request.SET_VRING_ADDR, payloads.encode_address(queue.where))
         for request, fd in (
             (Request.SET_VRING_CALL, queue.call),
