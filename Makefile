@@ -66,8 +66,10 @@ attack:
 
 # A hostile front-end, counted: what it may not do is in tests/fuzz/vhost_user.py.
 MESSAGES ?= 10000000
+LOOP_MESSAGES ?= 500000
 fuzz-vhost-user:
-	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m fuzz.vhost_user --messages $(MESSAGES)
+	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m fuzz.vhost_user --messages $(MESSAGES); \
+	PYTHONPATH=.:.. $$py -m fuzz.vhost_user --loop --messages $(LOOP_MESSAGES)
 
 mutants:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m mutants

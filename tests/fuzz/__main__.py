@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fuzz.targets import CORPUS, TARGETS
+from fuzz.targets import TARGETS
 
 MAX_INPUT_BYTES = 4096
 
@@ -52,7 +52,7 @@ def _fuzz_here(name: str, options: argparse.Namespace) -> None:
     target = TARGETS[name]
     with tempfile.TemporaryDirectory() as scratch:
         known = Path(scratch, "corpus")
-        shutil.copytree(CORPUS / name, known)
+        shutil.copytree(target.folder, known)
         words = Path(scratch, "words")
         words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
         arguments = [

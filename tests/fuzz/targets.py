@@ -51,10 +51,19 @@ class Target:
     name: str
     run: Callable[[bytes], None]
     words: tuple[bytes, ...] = ()
+    inputs: str = ""
+    """Whose corpus it has, if not one of its own."""
+    cost: int = 1
+    """How many inputs of others take as long as one of it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its corpus is."""
+        return CORPUS / (self.inputs or self.name)
 
     def corpus(self) -> list[bytes]:
         """Return the committed inputs, the empty one first."""
-        return [b"", *(path.read_bytes() for path in sorted((CORPUS / self.name).iterdir()))]
+        return [b"", *(path.read_bytes() for path in sorted(self.folder.iterdir()))]
 
 
 def _words(text: str) -> tuple[bytes, ...]:
@@ -397,12 +406,18 @@ TARGETS: Final = {
             ),
         ),
         Target(name="varlink-stream", run=varlink_stream, words=(b"\0", b"{}\0", b"x" * 1024)),
-        Target(
-            name="vhost-user", run=vhost_user.vhost_user,
-            words=tuple(
-                wire.HEADER.pack(request, flags, size)
-                for request in wire.Request for flags in (1, 9) for size in (0, 8, 40, 48)
-            ),
+        *(
+            Target(
+                name=name, run=run, inputs="vhost-user", cost=cost,
+                words=tuple(
+                    wire.HEADER.pack(request, flags, size)
+                    for request in wire.Request for flags in (1, 9) for size in (0, 8, 40, 48)
+                ),
+            )
+            for name, run, cost in (
+                ("vhost-user", vhost_user.vhost_user, 1),
+                ("vhost-user-loop", vhost_user.through_the_loop, 6),
+            )
         ),
         Target(
             name="virtqueue", run=vhost_user.virtqueue,

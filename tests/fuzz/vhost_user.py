@@ -2,15 +2,18 @@
 """A front-end that sends whatever it likes, and a guest that writes whatever it likes into a queue.
 
 An input is a connection: before each message a byte that says which descriptors come with it, and
-how many.  Whatever it is, not one descriptor may be left, and no frame mapped that is not there.
+how many.  Whatever it is, not one descriptor may be left, no frame mapped that is not there, and
+another front-end of the same back-end must not notice.
 """
 
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import os
 import select
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from fakes.xen_devices import XenDevices
 
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import payloads, wire
+from xshmd.vhost_user.backend import Backend
+from xshmd.vhost_user.channel import Channel
 from xshmd.vhost_user.memory import CannotMap, Memory
 from xshmd.vhost_user.payloads import MemoryRegion, VringAddress, VringState
 from xshmd.vhost_user.session import Session
@@ -59,7 +64,9 @@ class _World:
         self._device = self.devices.open(HOLDER)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._empty = os.memfd_create("empty")
-        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        read, self._broken = os.pipe2(os.O_CLOEXEC)
+        os.close(read)
         self._epoll = select.epoll()
         self.window = Window(8 * PAGE)
         self.window.place(self._memory)
@@ -67,33 +74,66 @@ class _World:
     def open(self, kind: int) -> int:
         kinds = (
             self._memory, self._device, self._event, self._empty, self._read, self._write,
-            self._epoll.fileno(),
+            self._broken, self._epoll.fileno(),
         )  # fmt: skip
         return os.dup(kinds[kind % len(kinds)])
+
+    def wake(self) -> None:
+        """Signal every event that was sent."""
+        for fd in (self._event, self._write):
+            with contextlib.suppress(BlockingIOError):
+                os.write(fd, (1).to_bytes(8, sys.byteorder))
+
+
+class _Loop:
+    """A back-end whose loop runs as far as there is anything to do, and a front-end that is good.
+
+    It is never told to stop: what a connection left behind the next would meet.
+    """
+
+    def __init__(self, world: _World) -> None:
+        self.said: list[str] = []
+        self.backend = Backend(
+            _Echo, self.said.append,
+            memory=lambda: Memory(max_xen_bytes=8 * PAGE, devices=world.devices),
+        )  # fmt: skip
+        self._good = Channel(self.connect())
+
+    def connect(self) -> socket.socket:
+        """Return the front-end's end of a new connection."""
+        ours, theirs = socket.socketpair()
+        self.backend.add(theirs)
+        return ours
+
+    def ask(self) -> None:
+        """Have the good one's question answered."""
+        self._good.send(Message(Request.GET_QUEUE_NUM))
+        self.backend.turn(0)
+        reply = self._good.receive_some()
+        assert reply is not None
+        assert payloads.decode_u64(reply.payload) == _Echo.queue_count
 
 
 handled = [0]
 """How many messages there have been so far."""
-_made: list[_World] = []
+_made: list[tuple[_World, _Loop]] = []
 
 
-def _world() -> _World:
+def _there() -> tuple[_World, _Loop]:
     if not _made:
-        _made.append(_World())
+        world = _World()
+        _made.append((world, _Loop(world)))
     return _made[0]
 
 
-def _next_fd() -> int:
-    """The number the next descriptor will have: the lowest that is free."""
-    fd = os.dup(0)
-    os.close(fd)
-    return fd
+def _open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def vhost_user(data: bytes) -> None:
     """What a front-end sends, message by message, with what descriptors it likes."""
-    world = _world()
-    before = _next_fd()
+    world, _ = _there()
+    before = _open_fds()
     session = Session(_Echo(), Memory(max_xen_bytes=8 * PAGE, devices=world.devices))
     inbox = Inbox()
     with contextlib.suppress(ProtocolViolation, CannotMap):
@@ -101,7 +141,41 @@ def vhost_user(data: bytes) -> None:
     for fd in inbox.abandon():
         os.close(fd)
     session.close()
-    assert _next_fd() == before, "a descriptor is left"
+    assert _open_fds() == before, "a descriptor is left"
+
+
+def through_the_loop(data: bytes) -> None:
+    """The same through a socket, whole messages at a time, while events are signalled."""
+    world, loop = _there()
+    before = _open_fds()
+    with contextlib.closing(loop.connect()) as hostile, contextlib.suppress(BrokenPipeError):
+        hostile.setblocking(False)
+        at = 0
+        for _ in range(MAX_MESSAGES):
+            header = data[at + 1 : at + 1 + wire.HEADER.size]
+            if len(header) < wire.HEADER.size:
+                hostile.send(header or b"\0")
+                break
+            size = min(wire.HEADER.unpack(header)[2], wire.MAX_PAYLOAD_BYTES)
+            message = data[at + 1 : at + 1 + wire.HEADER.size + size]
+            fds = [world.open(data[at] >> 4) for _ in range(data[at] & 0xF)]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                hostile.sendmsg([message], rights)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            at += 1 + len(message)
+            handled[0] += 1
+            world.wake()
+            loop.backend.turn(0)
+            loop.ask()
+    while loop.backend.connection_count > 1:
+        loop.backend.turn(0)
+    loop.ask()
+    assert len(loop.said) == 1, "one sentence for each connection"
+    loop.said.clear()
+    assert _open_fds() == before, "a descriptor is left"
 
 
 def _converse(data: bytes, session: Session, inbox: Inbox, open_fd: Callable[[int], int]) -> None:
@@ -130,8 +204,8 @@ def _converse(data: bytes, session: Session, inbox: Inbox, open_fd: Callable[[in
 
 def virtqueue(data: bytes) -> None:
     """What a guest writes into its memory, the rings of a queue among it."""
-    world = _world()
-    before = _next_fd()
+    world, _ = _there()
+    before = _open_fds()
     view = world.window.view()
     view[:] = data[: len(view)].ljust(len(view), b"\0")
     session = Session(_Echo(), Memory())
@@ -150,7 +224,7 @@ def virtqueue(data: bytes) -> None:
     for _ in range(4):
         assert session.process(0) <= 8
     session.close()
-    assert _next_fd() == before, "a descriptor is left"
+    assert _open_fds() == before, "a descriptor is left"
 
 
 def main() -> int:
@@ -161,15 +235,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz.vhost_user", description=main.__doc__)
     parser.add_argument("--messages", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
+    parser.add_argument(
+        "--loop", action="store_true", help="by a socket and beside another: takes far longer"
+    )
     options = parser.parse_args()
+    run = through_the_loop if options.loop else vhost_user
     target = TARGETS["vhost-user"]
     corpus = target.corpus()
-    vhost_user(b"")
-    fds, mapped, began = len(os.listdir("/proc/self/fd")), _mapped_kib(), time.monotonic()
+    run(b"")
+    fds, mapped, began = _open_fds(), _mapped_kib(), time.monotonic()
     seed = options.seed
     while handled[0] < options.messages:
         try:
-            vhost_user(mutated(corpus, target.words, seed))
+            run(mutated(corpus, target.words, seed))
         except BaseException as problem:
             problem.add_note(f"seed {seed}")
             raise
@@ -177,7 +255,7 @@ def main() -> int:
     print(
         f"{handled[0]} messages on {seed - options.seed} connections in "
         f"{time.monotonic() - began:.0f} s; file descriptors: {fds} before, "
-        f"{len(os.listdir('/proc/self/fd'))} after; mapped: {mapped} KiB before, "
+        f"{_open_fds()} after; mapped: {mapped} KiB before, "
         f"{_mapped_kib()} KiB after"
     )
     return 0
