@@ -9,6 +9,7 @@ import dataclasses
 import os
 import resource
 import select
+import signal
 import socket
 import struct
 import threading
@@ -24,7 +25,7 @@ from integration.virtio_driver import PAGE, Driver
 from xshmd.errors import Refused
 from xshmd.units import DomId, Gfn
 from xshmd.vhost_user import backend as backend_module
-from xshmd.vhost_user import payloads, wire
+from xshmd.vhost_user import block, payloads, wire
 from xshmd.vhost_user import session as session_module
 from xshmd.vhost_user.backend import Backend
 from xshmd.vhost_user.block import BlockDevice
@@ -395,6 +396,33 @@ def test_there_is_a_descriptor_for_everyone_or_they_are_turned_away(served: Serv
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for connected in held:
         connected.close()
+
+
+def test_the_disk_takes_as_many_as_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    (tmp_path / "disk").write_bytes(bytes(512))
+    path = tmp_path / "socket"
+    seen: list[tuple[int, int]] = []
+
+    def run(backend: Backend) -> None:
+        seen.append(resource.getrlimit(resource.RLIMIT_NOFILE))
+        assert path.is_socket()
+        backend.close()
+
+    monkeypatch.setattr(Backend, "run", run)
+    try:
+        assert block.main(["--socket", str(path), "--file", str(tmp_path / "disk")]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert seen == [(before[1], before[1])]
+    assert not path.exists()
+    assert capsys.readouterr().out == f"serving {tmp_path}/disk at {path}\n"
 
 
 def kick(fd: int) -> Message:
