@@ -26,7 +26,8 @@ static struct xshm *opened(const struct region *r)
         return &peers;
     if (start)
         give_up("doorbells of a second region", "");
-    rc = xshm_open(&peers, (void *)(uintptr_t)r->start, r->nr_pages * PAGE_SIZE, shared_page, false);
+    rc = xshm_open(&peers, (void *)(uintptr_t)r->start, r->nr_pages * PAGE_SIZE, shared_page, false,
+                   NULL, 0);
     if (rc)
         give_up("xshm_open", rc == -1 ? "no control page" : rc == -2 ? "not in it" : "refused by Xen");
     start = r->start;

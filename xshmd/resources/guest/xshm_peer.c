@@ -41,12 +41,9 @@ static long hypercall(unsigned long op, unsigned long first, void *second)
 
     if (!amd)
         amd = 1 + is_amd();
-    if (amd == 2)
-        __asm__ volatile ("vmmcall" : "+a" (result), "+D" (rdi), "+S" (rsi)
-                          :: "memory", "rdx", "r10", "r8", "r9");
-    else
-        __asm__ volatile ("vmcall" : "+a" (result), "+D" (rdi), "+S" (rsi)
-                          :: "memory", "rdx", "r10", "r8", "r9");
+#define CALL(how) \
+    __asm__ volatile (how : "+a" (result), "+D" (rdi), "+S" (rsi) :: "memory", "rdx", "r10", "r8", "r9")
+    if (amd == 2) CALL("vmmcall"); else CALL("vmcall");
     return result;
 }
 #elif defined(__aarch64__)
@@ -67,7 +64,6 @@ static long hypercall(unsigned long op, unsigned long first, void *second)
 #define DOMID_SELF 0x7ff0u
 
 struct add_to_physmap { uint16_t domid, size; uint32_t space; uint64_t index, gpfn; };
-struct evtchn_send { uint32_t port; };
 struct evtchn_bind { uint16_t remote; uint32_t remote_port, port; };
 struct evtchn_alloc { uint16_t domid, remote; uint32_t port; };
 struct evtchn_status { uint16_t domid; uint32_t port, status, vcpu; uint16_t remote; uint32_t remote_port; };
@@ -75,54 +71,56 @@ struct sched_poll { uint32_t *ports; uint32_t nr_ports; uint64_t timeout; };
 
 enum { XENMEM_add_to_physmap = 7, XENMAPSPACE_shared_info = 0 };
 enum { EVTCHNOP_bind_interdomain = 0, EVTCHNOP_close = 3, EVTCHNOP_send = 4, EVTCHNOP_status = 5, EVTCHNOP_alloc_unbound = 6 };
-enum { SCHEDOP_poll = 3 };
+enum { EVTCHNSTAT_unbound = 1, EVTCHNSTAT_interdomain = 2, SCHEDOP_poll = 3 };
 
 static bool map_shared_info(void *page)
 {
-    struct add_to_physmap map = { .domid = DOMID_SELF, .gpfn = (uintptr_t)page / XSHM_PAGE };
+    struct add_to_physmap map = {
+        .domid = DOMID_SELF, .space = XENMAPSPACE_shared_info, .gpfn = (uintptr_t)page / XSHM_PAGE,
+    };
 
-    map.space = XENMAPSPACE_shared_info;
     return hypercall(HYPERCALL_memory_op, XENMEM_add_to_physmap, &map) == 0;
 }
 
-static void close_port(uint32_t port)
+/* Rings at a port, or closes it. */
+static void port_op(unsigned long op, uint32_t port)
 {
-    struct evtchn_send closing = { .port = port };
-
-    hypercall(HYPERCALL_event_channel_op, EVTCHNOP_close, &closing);
-}
-
-static void send(uint32_t port)
-{
-    struct evtchn_send ring = { .port = port };
-
-    hypercall(HYPERCALL_event_channel_op, EVTCHNOP_send, &ring);
-}
-
-/* Xen tells nobody his number, but for whom a port is that is for oneself. */
-static int32_t own_domid(void)
-{
-    struct evtchn_alloc alloc = { .domid = DOMID_SELF, .remote = DOMID_SELF };
-    struct evtchn_status status = { .domid = DOMID_SELF };
-    long rc;
-
-    if (hypercall(HYPERCALL_event_channel_op, EVTCHNOP_alloc_unbound, &alloc))
-        return -1;
-    status.port = alloc.port;
-    rc = hypercall(HYPERCALL_event_channel_op, EVTCHNOP_status, &status);
-    close_port(alloc.port);
-    return rc ? -1 : status.remote;
-}
-
-static uint64_t *bits_of(const struct xshm *xs, uint32_t which, uint32_t port)
-{
-    return (uint64_t *)(void *)((uint8_t *)xs->shared_info + which) + port / 64;
+    hypercall(HYPERCALL_event_channel_op, op, &port);
 }
 
 /* What two levels of 64 bits reach; a port beyond is none of libxl's guests'. */
 static bool is_port(uint32_t port)
 {
     return port != 0 && port < 64 * 64;
+}
+
+/* The domain that a port of this one leads to, or waits for; -1: it is no channel between domains. */
+static int32_t remote_of(uint32_t port)
+{
+    struct evtchn_status status = { .domid = DOMID_SELF, .port = port };
+
+    if (!is_port(port) || hypercall(HYPERCALL_event_channel_op, EVTCHNOP_status, &status) ||
+        (status.status != EVTCHNSTAT_unbound && status.status != EVTCHNSTAT_interdomain))
+        return -1;
+    return status.remote;
+}
+
+/* Xen tells nobody his number, but for whom a port is that is for oneself. */
+static int32_t own_domid(void)
+{
+    struct evtchn_alloc alloc = { .domid = DOMID_SELF, .remote = DOMID_SELF };
+    int32_t domid;
+
+    if (hypercall(HYPERCALL_event_channel_op, EVTCHNOP_alloc_unbound, &alloc))
+        return -1;
+    domid = remote_of(alloc.port);
+    port_op(EVTCHNOP_close, alloc.port);
+    return domid;
+}
+
+static uint64_t *bits_of(const struct xshm *xs, uint32_t which, uint32_t port)
+{
+    return (uint64_t *)(void *)((uint8_t *)xs->shared_info + which) + port / 64;
 }
 
 /* Whoever waits in Xen wants no interrupt for it. */
@@ -142,25 +140,23 @@ static bool take(const struct xshm *xs, uint32_t port)
 
 /* ---- finding it ---- */
 
-int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, bool mapped)
+int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, bool mapped,
+              const uint32_t *ports, uint32_t nr_ports)
 {
     struct xshm_control *control;
     int32_t domid;
-    uint32_t k;
 
     if (size < 2 * XSHM_PAGE || size % XSHM_PAGE)
         return -1;
     control = (struct xshm_control *)(void *)((uint8_t *)base + size - XSHM_PAGE);
-    if (load(&control->magic) != XSHM_MAGIC || control->version != XSHM_VERSION)
+    if (load(&control->magic) != XSHM_MAGIC || control->version != XSHM_VERSION ||
+        (xs->nr_peers = ports ? nr_ports : load(&control->nr_peers)) > XSHM_MAX_PEERS)
         return -1;
     xs->base = base;
     xs->size = size - XSHM_PAGE;
     xs->control = control;
     xs->shared_info = shared_info;
     xs->polls = !mapped;
-    xs->nr_peers = load(&control->nr_peers);
-    if (xs->nr_peers > XSHM_MAX_PEERS)
-        return -1;
     domid = own_domid();
     if (domid < 0 || (!mapped && !map_shared_info(shared_info)))
         return -3;
@@ -169,18 +165,19 @@ int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, boo
             break;
     if (xs->id == xs->nr_peers)
         return -2;
-    for (k = 0; k < xs->nr_peers; k++) {
-        xs->port[k] = load(&control->port[xs->id][k]);
-        xs->direct[k] = load(&control->offer[xs->id][k]);
+    for (uint32_t k = 0; k < xs->nr_peers; k++) {
+        xs->port[k] = ports ? ports[k] : load(&control->port[xs->id][k]);
+        xs->direct[k] = ports ? 0 : load(&control->offer[xs->id][k]);
         xs->lives[k] = load(&control->row[k].lives);
-        if (!is_port(xs->port[k]))
+        if (remote_of(xs->port[k]) != 0)                /* every doorbell ends in dom0 */
             return -2;
         mask(xs, xs->port[k]);
-        if (!is_port(xs->direct[k]))
+        if (remote_of(xs->direct[k]) <= 0)              /* and what is offered to peers never */
             xs->direct[k] = 0;
         else
             mask(xs, xs->direct[k]);
     }
+    xs->hears = ports == NULL;
     xs->connected = xs->refused = 0;
     xs->connects = false;
     return 0;
@@ -188,11 +185,9 @@ int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, boo
 
 void xshm_ready(struct xshm *xs)
 {
-    uint32_t k;
-
-    store(&xs->control->row[xs->id].hears, 1u);
+    store(&xs->control->row[xs->id].hears, (uint32_t)xs->hears);
     store(&xs->control->row[xs->id].ready, 1u);
-    for (k = 0; k < xs->nr_peers; k++)
+    for (uint32_t k = 0; k < xs->nr_peers; k++)
         xshm_ring(xs, k);
 }
 
@@ -215,7 +210,7 @@ static void connect(struct xshm *xs, uint32_t peer)
         .remote = (uint16_t)load(&row->domid), .remote_port = load(&xs->control->offer[peer][xs->id]),
     };
 
-    if (!is_port(bind.remote_port) || load(&row->hears) == 0)
+    if (bind.remote == 0 || !is_port(bind.remote_port) || load(&row->hears) == 0)
         return;
     if (hypercall(HYPERCALL_event_channel_op, EVTCHNOP_bind_interdomain, &bind)) {
         xs->refused |= 1u << peer;      /* once is enough to learn Xen's policy */
@@ -223,23 +218,21 @@ static void connect(struct xshm *xs, uint32_t peer)
         xs->direct[peer] = bind.port;
         xs->connected |= 1u << peer;
         mask(xs, bind.port);
-        send(bind.port);                /* so that it knows, too */
+        port_op(EVTCHNOP_send, bind.port);                /* so that it knows, too */
     } else
-        close_port(bind.port);
+        port_op(EVTCHNOP_close, bind.port);
 }
 
 void xshm_connect(struct xshm *xs)
 {
-    uint32_t peer;
-
     xs->connects = true;
-    for (peer = 0; peer < xs->nr_peers; peer++) {
+    for (uint32_t peer = 0; peer < xs->nr_peers; peer++) {
         uint32_t lives = load(&xs->control->row[peer].lives);
         bool here = xshm_state_of(xs, peer) == XSHM_JOINED, again = lives != xs->lives[peer];
 
         if (!here || again) {
             if (xs->direct[peer])
-                close_port(xs->direct[peer]);
+                port_op(EVTCHNOP_close, xs->direct[peer]);
             xs->direct[peer] = 0;
             xs->connected &= ~(1u << peer);
             xs->refused &= ~(1u << peer);
@@ -261,9 +254,9 @@ void xshm_ring(struct xshm *xs, uint32_t peer)
     full_fence();
     /* A peer that has come again is at the end of no channel that was made before. */
     if ((xs->connected >> whom & 1) && load(&xs->control->row[whom].lives) == xs->lives[whom])
-        send(xs->direct[whom]);
+        port_op(EVTCHNOP_send, xs->direct[whom]);
     else
-        send(xs->port[whom]);
+        port_op(EVTCHNOP_send, xs->port[whom]);
 }
 
 uint32_t xshm_take(struct xshm *xs)
@@ -323,22 +316,26 @@ void xshm_unwatch(struct xshm *xs, uint32_t slot)
         store(&xs->control->watch[xs->id][slot].address, (uint64_t)0);
 }
 
+#define TRIES 100000u
+
 /* Takes one off, unless nothing is left; whether that made it 0. */
 static bool is_due(const struct xshm *xs, uint64_t counter)
 {
-    uint32_t *word = (uint32_t *)(void *)(xs->base + counter);
+    uint32_t *word = (uint32_t *)(void *)(xs->base + counter), tries = TRIES;
     uint32_t left = __atomic_load_n(word, __ATOMIC_RELAXED);
 
-    while (left)
-        if (__atomic_compare_exchange_n(word, &left, left - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+    for (; left && tries; tries--)      /* weak, so that one try is one: on Arm a peer can foil it */
+        if (__atomic_compare_exchange_n(word, &left, left - 1, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             return left == 1;
-    return false;
+    return left != 0;                   /* who writes there without end has a ring too many */
 }
 
 uint32_t xshm_trigger(struct xshm *xs, uint64_t address)
 {
     uint32_t woken = 0, peer, slot;
 
+    if (address >= xs->size + XSHM_PAGE)
+        return 0;
     full_fence();
     for (peer = 0; peer <= XSHM_MAX_PEERS; peer++) {
         bool due = false;
@@ -352,10 +349,8 @@ uint32_t xshm_trigger(struct xshm *xs, uint64_t address)
             counter = load(&watch->counter);            /* once: it may change any time */
             due |= counter == 0 || (is_counter(xs, counter) && is_due(xs, counter));
         }
-        if (!due)
-            continue;
-        woken++;
-        xshm_ring(xs, peer);
+        if (due)
+            woken++, xshm_ring(xs, peer);
     }
     return woken;
 }
@@ -379,7 +374,7 @@ bool xshm_ring_open(struct xshm_ring *ring, const struct xshm *xs, uint64_t at, 
         store(&ring->header->read, 0u);
         store(&ring->header->written, 0u);
     }
-    ring->mine = load(writer ? &ring->header->written : &ring->header->read) & ~(WORD - 1);
+    ring->mine = load(writer ? &ring->header->written : &ring->header->read);
     return true;
 }
 
@@ -396,9 +391,8 @@ static uint64_t word_from(const uint8_t *from, uint32_t nr_bytes)
 
     if (nr_bytes >= WORD)
         __builtin_memcpy(&word, from, WORD);
-    else
-        while (nr_bytes--)
-            word = word << 8 | from[nr_bytes];
+    else while (nr_bytes--)
+        word = word << 8 | from[nr_bytes];
     return word;
 }
 
@@ -406,9 +400,8 @@ static void word_to(uint8_t *to, uint64_t word, uint32_t nr_bytes)
 {
     if (nr_bytes >= WORD)
         __builtin_memcpy(to, &word, WORD);
-    else
-        for (; nr_bytes; nr_bytes--, word >>= 8)
-            *to++ = (uint8_t)word;
+    else for (; nr_bytes; nr_bytes--, word >>= 8)
+        *to++ = (uint8_t)word;
 }
 
 bool xshm_ring_put(struct xshm_ring *ring, const void *message, uint32_t nr_bytes)
@@ -432,7 +425,7 @@ bool xshm_ring_put(struct xshm_ring *ring, const void *message, uint32_t nr_byte
 int32_t xshm_ring_get(struct xshm_ring *ring, void *message, uint32_t room)
 {
     uint32_t written = load(&ring->header->written), used = written - ring->mine;
-    uint32_t at = ring->mine, left, nr_bytes;
+    uint32_t at = ring->mine, left;
     uint8_t *to = message;
     uint64_t length;
 
@@ -440,17 +433,19 @@ int32_t xshm_ring_get(struct xshm_ring *ring, void *message, uint32_t room)
         return 0;
     length = *(volatile uint64_t *)word_at(ring, at);
     if (used > ring->size || used % WORD || length == 0 || length > ring->size / 2 ||
-        length > room || WORDS_OF(length) > used) {
-        ring->mine = written & ~(WORD - 1);     /* what else is there cannot be told apart */
-        store(&ring->header->read, ring->mine);
-        return -1;
-    }
-    left = nr_bytes = (uint32_t)length;
-    for (at += WORD; left; at += WORD) {
-        word_to(to, *word_at(ring, at), left);
-        to += WORD, left -= left < WORD ? left : WORD;
+        WORDS_OF(length) > used) {
+        at = written;                   /* what else is there cannot be told apart */
+        length = UINT64_MAX;
+    } else if (length > room)
+        at += WORDS_OF((uint32_t)length);
+    else {
+        left = (uint32_t)length;
+        for (at += WORD; left; at += WORD) {
+            word_to(to, *word_at(ring, at), left);
+            to += WORD, left -= left < WORD ? left : WORD;
+        }
     }
     ring->mine = at;
     store(&ring->header->read, at);
-    return (int32_t)nr_bytes;
+    return length > room ? -1 : (int32_t)length;
 }

@@ -72,7 +72,7 @@ struct xshm {
     uint32_t direct[16];                /* channels without dom0 between; 0: none */
     uint32_t lives[16];                 /* of the peer that a direct channel leads to */
     uint32_t connected, refused;        /* which of them lead there, and which may not be: bits */
-    bool connects;
+    bool connects, hears;
 };
 
 /*
@@ -82,8 +82,11 @@ struct xshm {
  * shared_info: a page of this guest's own, page-aligned and mapped where it is (virtual =
  *   guest-physical); Xen's shared page takes its place. A guest that has mapped that already says
  *   where, and passes `mapped` true.
+ * ports: as this guest's xenstore node has them; no other event channel is then touched. NULL: as
+ *   the page says, where a peer may have written that of any to dom0; for guests that use no others.
  */
-int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, bool mapped);
+int xshm_open(struct xshm *xs, void *base, uint64_t size, void *shared_info, bool mapped,
+              const uint32_t *ports, uint32_t nr_ports);
 
 /* Tells everybody that this peer uses the region from now on. */
 void xshm_ready(struct xshm *xs);
@@ -91,7 +94,8 @@ void xshm_ready(struct xshm *xs);
 enum xshm_state xshm_state_of(const struct xshm *xs, uint32_t peer);
 bool xshm_is_ready(const struct xshm *xs, uint32_t peer);
 
-/* From now on binds what peers offer: rings go to them directly, where Xen allows it. */
+/* From now on binds what peers offer: rings go to them directly, where Xen allows it. Not for guests
+ * with other channels to guests: a peer that lies may offer one that waits for this guest. */
 void xshm_connect(struct xshm *xs);
 
 /* ---- doorbells ---- */
@@ -137,7 +141,8 @@ struct xshm_ring {
 bool xshm_ring_open(struct xshm_ring *ring, const struct xshm *xs, uint64_t at, uint32_t size,
                     bool writer, bool fresh);
 bool xshm_ring_put(struct xshm_ring *ring, const void *message, uint32_t nr_bytes);
-/* The bytes of the next message; 0: there is none; -1: what is there is none (it is dropped). */
+/* The bytes of the next message; 0: there is none; -1: what is there is none, or no room for it, and
+ * it is dropped. `room` of size/2 is enough for any. */
 int32_t xshm_ring_get(struct xshm_ring *ring, void *message, uint32_t room);
 
 #endif

@@ -36,16 +36,22 @@ struct xshm_remove_buffer {
     struct xen_remove_from_physmap args[XSHM_MULTICALL];
 };
 
-/* Others decrement the word too, and may write anything into it; -1: nothing is left of it. */
+/* Others decrement the word too, and may write anything into it; -1: nothing is left of it.
+ * One that writes there without end could foil every try, on Arm one that never ends (XSA-295):
+ * so each is a single one, there are not many, and then it is as if the word had come to 0. */
+#define XSHM_TRIES 100000
+#ifdef __aarch64__
+__attribute__((target("no-outline-atomics")))   /* whose helper tries for ever itself */
+#endif
 static int64_t xshm_decrement(void *at)
 {
-    uint32_t *word = at, left = __atomic_load_n(word, __ATOMIC_RELAXED);
+    uint32_t *word = at, left = __atomic_load_n(word, __ATOMIC_RELAXED), tries;
 
-    while ( left )
-        if ( __atomic_compare_exchange_n(word, &left, left - 1, 0, __ATOMIC_SEQ_CST,
+    for ( tries = XSHM_TRIES; left && tries; tries-- )
+        if ( __atomic_compare_exchange_n(word, &left, left - 1, 1, __ATOMIC_SEQ_CST,
                                          __ATOMIC_RELAXED) )
             return left - 1;
-    return -1;
+    return left ? 0 : -1;
 }
 
 static xencall_handle *xshm_call_open(void) { return xencall_open(NULL, 0); }
