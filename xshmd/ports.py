@@ -160,6 +160,29 @@ class Hypervisor(Protocol):
         """
         ...
 
+    def copy_granted(
+        self,
+        holder: DomId,
+        first_ref: int,
+        source: Sequence[ByteRange],
+        target: Sequence[ByteRange],
+        *,
+        count_at: int | None = None,
+    ) -> int:
+        """Copy as :meth:`copy_ranges` does, but have Xen do it: dom0 maps no frame of the lists.
+
+        Args:
+            holder: A domain whose grant table is ours to write.
+            first_ref: The first of as many consecutive references as the lists have frames
+                (:func:`xshmd.ranges.nr_frames_of`), all of them nobody's; they are again after it.
+            source, target, count_at: As there; the count's frame is mapped.
+
+        Raises:
+            HypercallFailed: EBUSY if one of the references is somebody's; EINVAL if a frame is not
+                there, or the table has not so many.  Nothing is copied.
+        """
+        ...
+
     def write_grants(
         self,
         holder: DomId,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xshmd.errors import Conflict, OutOfRange, UsageError
-from xshmd.units import is_within
+from xshmd.units import PAGE_SIZE, is_within
 
 MAX_RANGES: Final = 64
 """Ranges in one list, at the most."""
@@ -53,6 +53,11 @@ class Part:
 def nr_bytes_of(ranges: Iterable[ByteRange]) -> int:
     """Return how many bytes a list names."""
     return sum(each.nr_bytes for each in ranges)
+
+
+def nr_frames_of(ranges: Iterable[ByteRange]) -> int:
+    """Return how many frames the ranges lie in, those that two lie in counted twice."""
+    return sum(-(-each.end // PAGE_SIZE) - each.offset_bytes // PAGE_SIZE for each in ranges)
 
 
 def check_list(ranges: Sequence[ByteRange], size_bytes: int, what: str) -> None:

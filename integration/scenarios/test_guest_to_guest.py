@@ -117,6 +117,7 @@ def test_a_guest_that_reboots_finds_its_region_anew(host: Host) -> None:
     assert second not in (None, first)
     assert host.region(region)["members"][0]["domainId"] == second
     assert "grants=" in told
+    _check_transfer(host, guest, region)
     made = add(more, MIB)
     made["add"]["terms"] = {"transport": "grant"}
     host.apply(made, attach(guest, more, host.at + MIB, MIB))
@@ -128,6 +129,16 @@ def test_a_guest_that_reboots_finds_its_region_anew(host: Host) -> None:
     host.wait_said(guest, f"withdrawn {more}")
     host.destroy(guest)
     host.wait(lambda: not host.regions(), "the regions are gone")
+
+
+def _check_transfer(host: Host, guest: Guest, region: str) -> None:
+    """What the guest has written goes by Xen's own copy into a list that dom0 has posted."""
+    room = [{"offsetBytes": 8192, "byteCount": 8}]
+    host.ask("call", "RegisterList", {"region": region, "direction": "input", "ranges": room})
+    source = [{"offsetBytes": 0, "byteCount": 64}]
+    wanted = {"region": region, "guest": guest.name, "direction": "output", "ranges": source}
+    assert host.ask("call", "Transfer", wanted) == {"byteCount": 8}
+    assert host.peek(region, 2, 0) == SEED
 
 
 @pytest.mark.arch("arm64")

@@ -195,15 +195,15 @@ class ContractHost:
         self.xen.set_max_pages(domid, 0)
         return domid
 
-    def pair(self, nr_frames: int = 4) -> tuple[DomId, DomId]:
+    def pair(self, nr_frames: int = 4, *, nr_grant_frames: int = 1) -> tuple[DomId, DomId]:
         """Return a holder with pages and a guest whose target it is."""
-        holder, guest = self.holder(nr_frames), self.domain()
+        holder, guest = self.holder(nr_frames, nr_grant_frames=nr_grant_frames), self.domain()
         self.xen.set_target(guest, holder)
         return holder, guest
 
-    def mapped(self, nr_frames: int = 4) -> tuple[DomId, DomId]:
+    def mapped(self, nr_frames: int = 4, *, nr_grant_frames: int = 1) -> tuple[DomId, DomId]:
         """Return a pair with all of the holder's pages mapped at ``GUEST_GFN``."""
-        holder, guest = self.pair(nr_frames)
+        holder, guest = self.pair(nr_frames, nr_grant_frames=nr_grant_frames)
         self.xen.map_foreign(guest, GUEST_GFN, holder, HOLDER_GFN, nr_frames)
         return holder, guest
 

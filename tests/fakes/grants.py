@@ -2,7 +2,7 @@
 """The simulated machine's grant tables: who may map which of a domain's pages, and who does.
 
 Version 1 of Xen 4.20's tables, from common/grant_table.c.  Not modelled: how many pages a table
-takes as it grows, version 2, transfers and copies.
+takes as it grows, version 2 and transfers.
 """
 
 from __future__ import annotations

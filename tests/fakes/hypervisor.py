@@ -12,7 +12,6 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from fakes.grants import GrantTables
 from fakes.hypercalls import SimulatedCalls
 from fakes.machine import CONTROL_DOMAIN, SimulatedMap
 from fakes.objects import DOMAIN_OVERHEAD_PAGES, Domain, Entry, ModelViolation, Page
@@ -55,7 +54,7 @@ READ_ONLY: Final = frozenset(
 """Calls after which the world is as it was."""
 
 
-class SimulatedXen(SimulatedCalls, GrantTables, SimulatedCopies):
+class SimulatedXen(SimulatedCalls, SimulatedCopies):
     """The model: what each call of the port does to the machine."""
 
     # -- facts ----------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """dom0 copies between guests' parts of a region: who has what is looked up in the same breath.
 
-It happens in the reconciler's loop, like every access of dom0's: no guest leaves and no region is
-freed between the look and the copy.
+It happens in the reconciler's loop, like every access of dom0's: no guest leaves, no region is
+freed and no grant reference is given away between the look and the copy.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Final
 
 from xshmd.engine.access import reachable
@@ -14,9 +16,10 @@ from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import NoSuchGuest, OutOfRange, Refused
-from xshmd.model import GuestState, Prot, Region
+from xshmd.model import GuestState, Holder, Prot, Region, Transport
+from xshmd.policy.grants import free_refs
 from xshmd.ports import Hypervisor
-from xshmd.ranges import ByteRange, Part, check_apart, check_list
+from xshmd.ranges import ByteRange, Part, check_apart, check_list, nr_frames_of
 from xshmd.units import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, bytes_of
 
 WORD_BYTES: Final = 8
@@ -42,14 +45,27 @@ class Copies:
                 raise OutOfRange(f"the count of a list is one aligned word of {WORD_BYTES} bytes")
         check_apart(from_ranges, to_ranges, count)
         start = region.holder_first_gfn << PAGE_SHIFT
-        return await self._worker.run(
-            lambda: self._xen.copy_ranges(
-                holder.domid,
-                [each.moved(start) for each in from_ranges],
-                [each.moved(start) for each in to_ranges],
-                count_at=start + count[0].offset_bytes if count else None,
-            )
-        )
+        lists = [[each.moved(start) for each in ranges] for ranges in (from_ranges, to_ranges)]
+        count_word = start + count[0].offset_bytes if count else None
+        first_ref = self._free_refs(region, holder, lists)
+        if first_ref is None:
+            copy = functools.partial(self._xen.copy_ranges, holder.domid, *lists)
+        else:
+            copy = functools.partial(self._xen.copy_granted, holder.domid, first_ref, *lists)
+        return await self._worker.run(functools.partial(copy, count_at=count_word))
+
+    def _free_refs(
+        self, region: Region, holder: Holder, lists: Sequence[Sequence[ByteRange]]
+    ) -> int | None:
+        """Return references by which Xen may copy; None if dom0 maps what it copies.
+
+        Those that guests have are for them alone, so a copy takes some that nobody has.
+        """
+        if region.terms.transport is not Transport.GRANT:
+            return None
+        guests = self._ledger.guests
+        taken = [one for guest in guests for one in guest.grants if one.holder_uuid == holder.uuid]
+        return free_refs(holder, taken, sum(map(nr_frames_of, lists)))
 
     async def read(self, region_id: str, part: Part) -> bytes:
         """Do as :meth:`xshmd.api.PartCopier.read_part`."""

@@ -173,13 +173,7 @@ def allot(region_id: str, piece: Piece, holder: Holder, taken: Iterable[Grant]) 
     Returns:
         Ranges; fewer frames than wanted if there are not enough.
     """
-    end = holder.nr_grant_frames * ENTRIES_PER_FRAME
-    there = sorted((one.first_ref, one.first_ref + one.nr_frames) for one in taken)
-    gaps, at = [], RESERVED_ENTRIES
-    for first, after in (*there, (end, end)):
-        if first > at:
-            gaps.append((at, first - at))
-        at = max(at, after)
+    gaps = _gaps(holder, taken)
     whole = [gap for gap in gaps if gap[1] >= piece.nr_frames]
     found: list[Grant] = []
     done = 0
@@ -194,6 +188,32 @@ def allot(region_id: str, piece: Piece, holder: Holder, taken: Iterable[Grant]) 
             )  # fmt: skip
         done += count
     return found
+
+
+def free_refs(holder: Holder, taken: Iterable[Grant], nr_refs: int) -> int | None:
+    """Return the first of so many consecutive free references, the lowest that there are.
+
+    A table grows to the highest that is used, and is never smaller again.
+
+    Args:
+        holder: The holder whose they are.
+        taken: Every range of that holder that is in use, in any order.
+        nr_refs: How many are wanted.
+    """
+    fitting = (first for first, size in _gaps(holder, taken) if size >= nr_refs)
+    return next(fitting, None)
+
+
+def _gaps(holder: Holder, taken: Iterable[Grant]) -> list[tuple[int, int]]:
+    """Return the free references of a holder: each first one, and how many follow it."""
+    end = holder.nr_grant_frames * ENTRIES_PER_FRAME
+    there = sorted((one.first_ref, one.first_ref + one.nr_frames) for one in taken)
+    gaps, at = [], RESERVED_ENTRIES
+    for first, after in (*there, (end, end)):
+        if first > at:
+            gaps.append((at, first - at))
+        at = max(at, after)
+    return gaps
 
 
 def published(grants: Iterable[Grant], domids: Mapping[str, int]) -> str:

@@ -10,14 +10,16 @@ the entry itself (xen/common/grant_table.c, ``_set_status_v1()``).
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from xshmd.errors import XenUnavailable
+from xshmd.ranges import ByteRange, nr_frames_of
 from xshmd.units import PAGE_SIZE, DomId, Gfn
 from xshmd.xen.errno_table import failure
 from xshmd.xen.pages import MappedPages
+from xshmd.xen.scatter_copy import Binding, Granting, copy_granted
 
 ENTRIES_PER_FRAME = PAGE_SIZE // 8
 """sizeof(grant_entry_v1_t) is 8 (xen/include/public/grant_table.h)."""
@@ -35,16 +37,21 @@ class GrantCalls:
     _gnttab: Any = None
 
     @contextmanager
-    def _table(self, holder: DomId, nr_refs: int) -> Iterator[Any]:
-        """Map a holder's grant table as far as its first ``nr_refs`` entries."""
+    def _table(self, holder: DomId, first_ref: int, nr_refs: int) -> Iterator[tuple[Any, int]]:
+        """Map the frames of a holder's grant table that have these entries.
+
+        Yields:
+            Where they are mapped, and which of the entries there is the first.
+        """
         table = self._ffi.new("void **")
-        nr_frames = -(-nr_refs // ENTRIES_PER_FRAME)
-        resource = self._lib.xshm_grant_table(self._foreign, holder, nr_frames, table)
+        first_frame, skip = divmod(first_ref, ENTRIES_PER_FRAME)
+        nr_frames = -(-(skip + nr_refs) // ENTRIES_PER_FRAME)
+        resource = self._lib.xshm_grant_table(self._foreign, holder, first_frame, nr_frames, table)
         if resource == self._ffi.NULL:
-            code = self._ffi.errno
-            raise failure("XENMEM_acquire_resource", holder, code, nr_table_frames=nr_frames)
+            code, end = self._ffi.errno, first_frame + nr_frames
+            raise failure("XENMEM_acquire_resource", holder, code, nr_table_frames=end)
         try:
-            yield table[0]
+            yield table[0], skip
         finally:
             self._lib.xenforeignmemory_unmap_resource(self._foreign, resource)
 
@@ -58,20 +65,18 @@ class GrantCalls:
         *,
         readonly: bool,
     ) -> None:
-        with self._table(holder, first_ref + nr_frames) as table:
-            busy = self._lib.xshm_grants_write(
-                table, first_ref, nr_frames, guest, first_gfn, readonly
-            )
+        with self._table(holder, first_ref, nr_frames) as (table, at):
+            busy = self._lib.xshm_grants_write(table, at, nr_frames, guest, first_gfn, readonly)
         if busy:
             raise failure("writing grants", holder, errno.EBUSY, first_ref=first_ref, busy=busy)
 
     def end_grants(self, holder: DomId, first_ref: int, nr_frames: int) -> int:
-        with self._table(holder, first_ref + nr_frames) as table:
-            return int(self._lib.xshm_grants_end(table, first_ref, nr_frames))
+        with self._table(holder, first_ref, nr_frames) as (table, at):
+            return int(self._lib.xshm_grants_end(table, at, nr_frames))
 
     def grants_in_use(self, holder: DomId, first_ref: int, nr_frames: int) -> int:
-        with self._table(holder, first_ref + nr_frames) as table:
-            return int(self._lib.xshm_grants_in_use(table, first_ref, nr_frames))
+        with self._table(holder, first_ref, nr_frames) as (table, at):
+            return int(self._lib.xshm_grants_in_use(table, at, nr_frames))
 
     def map_grants(
         self, holder: DomId, first_ref: int, nr_frames: int, *, writable: bool
@@ -83,6 +88,20 @@ class GrantCalls:
             raise failure("xengnttab_map_domain_grant_refs", holder, code, first_ref=first_ref)
         unmap = self._lib.xengnttab_unmap
         return MappedPages(self._lib, self._ffi, unmap, handle, address, nr_frames)
+
+    def copy_granted(
+        self,
+        holder: DomId,
+        first_ref: int,
+        source: Sequence[ByteRange],
+        target: Sequence[ByteRange],
+        *,
+        count_at: int | None = None,
+    ) -> int:
+        binding = Binding(self._lib, self._ffi, self._foreign)
+        with self._table(holder, first_ref, nr_frames_of((*target, *source))) as (table, at):
+            granting = Granting(self._open_gnttab(), table, at, first_ref)
+            return copy_granted(binding, granting, holder, source, target, count_at)
 
     def _open_gnttab(self) -> Any:
         # Only who maps grants needs the device.

@@ -333,17 +333,18 @@ static int xshm_foreign_probe(xenforeignmemory_handle *fmem, uint32_t domid,
     return rc;
 }
 
-/* The first frames of a domain's grant table, which Xen makes as large as is asked for
+/* Frames of a domain's grant table, which Xen makes as large as is asked for
  * (xen/common/grant_table.c, gnttab_acquire_resource()). */
 static xenforeignmemory_resource_handle *xshm_grant_table(xenforeignmemory_handle *fmem,
                                                           uint16_t domid,
+                                                          uint32_t first_frame,
                                                           uint32_t nr_table_frames,
                                                           void **table)
 {
     *table = NULL;
     return xenforeignmemory_map_resource(
-        fmem, domid, XENMEM_resource_grant_table, XENMEM_resource_grant_table_id_shared, 0,
-        nr_table_frames, table, PROT_READ | PROT_WRITE, 0);
+        fmem, domid, XENMEM_resource_grant_table, XENMEM_resource_grant_table_id_shared,
+        first_frame, nr_table_frames, table, PROT_READ | PROT_WRITE, 0);
 }
 
 #define XSHM_IN_USE (GTF_reading | GTF_writing)   /* set and cleared by Xen alone */
@@ -401,6 +402,108 @@ static uint32_t xshm_grants_in_use(const void *table, uint32_t first_ref, uint32
     for ( i = 0; i < nr; i++, entry++ )
         in_use += !!(__atomic_load_n(&entry->flags, __ATOMIC_RELAXED) & XSHM_IN_USE);
     return in_use;
+}
+
+/* Returns how many entries are anybody's but this domain's, or mapped. */
+static uint32_t xshm_grants_of_others(const void *table, uint32_t first_ref, uint32_t nr,
+                                      uint16_t domid)
+{
+    const grant_entry_v1_t *entry = (const grant_entry_v1_t *)table + first_ref;
+    uint32_t i, taken = 0;
+
+    for ( i = 0; i < nr; i++, entry++ ) {
+        uint16_t flags = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+        taken += flags && ((flags & XSHM_IN_USE) || entry->domid != domid);
+    }
+    return taken;
+}
+
+typedef struct {
+    uint32_t first_ref, nr_refs;
+    const xshm_piece *pieces;
+    uint32_t nr;
+} xshm_granted;
+
+/* Has Xen copy (GNTTABOP_copy); whether it did all of it. */
+static int xshm_have_copied(xengnttab_handle *xgt, xengnttab_grant_copy_segment_t *segments,
+                            uint32_t nr)
+{
+    uint32_t i;
+
+    if ( xengnttab_grant_copy(xgt, nr, segments) )
+        return -errno;
+    for ( i = 0; i < nr; i++ )
+        if ( segments[i].status != GNTST_okay )
+            return -EINVAL;
+    return 0;
+}
+
+/* As xshm_scatter_copy(), of bytes that lie one after the other in what references lead to. */
+static int64_t xshm_grant_copy(xengnttab_handle *xgt, uint16_t domid, const xshm_granted *into,
+                               const xshm_granted *from)
+{
+    uint64_t done_into = 0, done_from = 0, total = 0;
+    uint32_t i = 0, j = 0, k, nr = 0, nr_refs = into->nr_refs + from->nr_refs;
+    /* Each segment ends where a frame ends, or a piece. */
+    xengnttab_grant_copy_segment_t *segments =
+        calloc((size_t)nr_refs + into->nr + from->nr, sizeof *segments);
+    char seen;
+    int rc;
+
+    if ( !segments )
+        return -ENOMEM;
+    rc = -ERANGE;
+    if ( xshm_outside(into->pieces, into->nr, into->nr_refs * (uint64_t)4096) ||
+         xshm_outside(from->pieces, from->nr, from->nr_refs * (uint64_t)4096) )
+        goto out;
+    /* Xen goes from frame to frame: that all are there is seen first, by a byte of each. */
+    for ( k = 0; k < nr_refs; k++ ) {
+        segments[k].source.foreign.ref = k < into->nr_refs ?
+            into->first_ref + k : from->first_ref + (k - into->nr_refs);
+        segments[k].source.foreign.domid = domid;
+        segments[k].dest.virt = &seen;
+        segments[k].len = 1;
+        segments[k].flags = GNTCOPY_source_gref;
+    }
+    rc = xshm_have_copied(xgt, segments, nr_refs);
+    if ( rc )
+        goto out;
+    while ( i < into->nr && j < from->nr ) {
+        uint64_t at = into->pieces[i].offset + done_into;
+        uint64_t start = from->pieces[j].offset + done_from;
+        uint64_t n = into->pieces[i].length - done_into;
+
+        if ( n > from->pieces[j].length - done_from )
+            n = from->pieces[j].length - done_from;
+        if ( n > 4096 - at % 4096 )
+            n = 4096 - at % 4096;
+        if ( n > 4096 - start % 4096 )
+            n = 4096 - start % 4096;
+        segments[nr].source.foreign.ref = from->first_ref + (uint32_t)(start / 4096);
+        segments[nr].source.foreign.offset = start % 4096;
+        segments[nr].source.foreign.domid = domid;
+        segments[nr].dest.foreign.ref = into->first_ref + (uint32_t)(at / 4096);
+        segments[nr].dest.foreign.offset = at % 4096;
+        segments[nr].dest.foreign.domid = domid;
+        segments[nr].len = n;
+        segments[nr].flags = GNTCOPY_source_gref | GNTCOPY_dest_gref;
+        nr++;
+        total += n;
+        done_into += n;
+        done_from += n;
+        if ( done_into == into->pieces[i].length ) {
+            i++;
+            done_into = 0;
+        }
+        if ( done_from == from->pieces[j].length ) {
+            j++;
+            done_from = 0;
+        }
+    }
+    rc = xshm_have_copied(xgt, segments, nr);
+ out:
+    free(segments);
+    return rc ? rc : (int64_t)total;
 }
 
 static xengnttab_handle *xshm_gnttab_open(void)

@@ -39,14 +39,16 @@ void *memset(void *s, int c, size_t n);
 
 typedef struct xenforeignmemory_resource_handle xenforeignmemory_resource_handle;
 xenforeignmemory_resource_handle *xshm_grant_table(xenforeignmemory_handle *fmem,
-                                                   uint16_t domid, uint32_t nr_table_frames,
-                                                   void **table);
+                                                   uint16_t domid, uint32_t first_frame,
+                                                   uint32_t nr_table_frames, void **table);
 int xenforeignmemory_unmap_resource(xenforeignmemory_handle *fmem,
                                     xenforeignmemory_resource_handle *fres);
 uint32_t xshm_grants_write(void *table, uint32_t first_ref, uint32_t nr, uint16_t domid,
                            uint32_t first_gfn, int readonly);
 uint32_t xshm_grants_end(void *table, uint32_t first_ref, uint32_t nr);
 uint32_t xshm_grants_in_use(const void *table, uint32_t first_ref, uint32_t nr);
+uint32_t xshm_grants_of_others(const void *table, uint32_t first_ref, uint32_t nr,
+                               uint16_t domid);
 
 typedef struct xengntdev_handle xengnttab_handle;
 xengnttab_handle *xshm_gnttab_open(void);
@@ -54,4 +56,11 @@ int xengnttab_close(xengnttab_handle *xgt);
 void *xshm_gnttab_map(xengnttab_handle *xgt, uint32_t domid, uint32_t first_ref, uint32_t nr,
                       int writable);
 int xengnttab_unmap(xengnttab_handle *xgt, void *start_address, uint32_t count);
+typedef struct {
+    uint32_t first_ref, nr_refs;
+    const xshm_piece *pieces;
+    uint32_t nr;
+} xshm_granted;
+int64_t xshm_grant_copy(xengnttab_handle *xgt, uint16_t domid, const xshm_granted *into,
+                        const xshm_granted *from);
 int64_t xshm_decrement(void *word);
