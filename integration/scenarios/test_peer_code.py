@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The C code that guests may embed, under sanitizers: needs a compiler, and no Xen."""
+"""The C code that guests may embed, and the relay, under sanitizers: a compiler, and no Xen."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def test_it_keeps_its_word_and_survives_a_peer_that_lies(tmp_path: Path) -> None
     messages, survived = said.split("\n")[:2]
     assert int(re.fullmatch(r"messages (\d+)", messages)[1]) > ROUNDS // 10  # type: ignore[index]
     assert survived == "survived"
+
+
+def test_the_relay_holds_up_whoever_rings_without_end_and_nobody_else(tmp_path: Path) -> None:
+    tools = ToolRoot.get(Cache())
+    binds = {PROJECT: "/rig/src", tmp_path: "/rig/out"}
+    tools.run(
+        ["gcc", *FLAGS.split(), "-Wno-unused-function", "-I/rig/src/xshmd/xen/c",
+         "-o", "/rig/out/check", "/rig/src/integration/relay_check.c"],
+        binds=binds,
+    )  # fmt: skip
+    said = tools.run(["/rig/out/check"], binds=binds, capture=True)
+    assert re.fullmatch(r"flood \d+ calm \d+\n", said)
 
 
 def test_it_is_as_short_as_it_promises() -> None:
