@@ -127,7 +127,7 @@ differential:
 RINGS ?= 1000000
 
 rings:
-	@set -e; py=$(PY); XSHMD_RINGS=$(RINGS) $$py -m pytest -p no:cacheprovider \
+	@set -e; py=$(PY); XSHMD_RINGS=$(RINGS) $$py -m pytest -p no:cacheprovider -rP \
 	integration/scenarios/test_doorbells.py -k flood --arch $(ARCH)
 
 clean:
