@@ -33,23 +33,31 @@ HERE: Final = Path(__file__).resolve().parent
 IN_DOM0: Final = "/rig/bench"
 TIME_LIMIT_S: Final = 3600.0
 PHASES: Final = (
-    "map", "vhost", "grants", "scatter", "bells", "windows", "creates", "restarts", "client",
-    "counts", "linux",
+    "map", "vhost", "grants", "scatter", "bells", "peers", "windows", "creates", "restarts",
+    "client", "counts", "linux",
 )  # fmt: skip
 PROGRAMS: Final = {"arm64": "qemu-system-aarch64", "x86_64": "qemu-system-x86_64"}
 C_PROGRAMS: Final = {
     "attach_loop": ("xencall", "xenforeignmemory"),
     "bell_loop": ("xenevtchn",),
-}
+    "vchan_loop": (
+        "xenvchan", "xenstore", "xenevtchn", "xengnttab", "xentoollog", "xentoolcore", "pthread",
+    ),
+}  # fmt: skip
 """What is measured against, and the libraries each needs."""
+IN_GUESTS: Final = {"vchan_loop"}
+"""Those that run where no library is."""
+FILES: Final = ("vchan-init.sh",)
 
 ALONE: Final = {
     "grants": "grants_in_dom0.py", "scatter": "scatter_in_dom0.py", "bells": "bells_in_dom0.py",
-    "windows": "windows_in_dom0.py", "vhost": "vhost_in_dom0.py",
+    "windows": "windows_in_dom0.py", "vhost": "vhost_in_dom0.py", "peers": "peers_in_dom0.py",
 }  # fmt: skip
 """Phases with a program of their own."""
 SCATTER_AIMS: Final = {"4 KiB": 0.5, "64 KiB": 0.9, "2 MiB": 0.95}
 """Bandwidth of a copy by lists, of memcpy's."""
+XEN_ARGS: Final = ("xsm=dummy",)
+"""Debian's default on Arm has guests talk to dom0 only: neither direct channels nor vchan."""
 
 Row = tuple[str, str, str]
 
@@ -67,6 +75,7 @@ def build(arch_name: str) -> tuple[dict[str, bytes], str]:
                 [
                     *(arch.gcc, "--sysroot=/rig/sysroot", "-std=gnu11", "-O2", "-Wall", "-Wextra"),
                     *("-Werror", "-o", f"/rig/out/{name}", f"/rig/src/{name}.c"),
+                    *(("-static", "-s") if name in IN_GUESTS else ()),
                     *(f"-l{library}" for library in libraries),
                 ],
                 binds={Path(folder): "/rig/out", HERE: "/rig/src", sysroot.path: "/rig/sysroot"},
@@ -80,7 +89,7 @@ def measure(
 ) -> Iterator[None]:
     """Run the phases in dom0; yields after each, as they take minutes."""
     dom0 = machine.dom0
-    for name in ("in_dom0.py", "counted_daemon.py", *ALONE.values()):
+    for name in ("in_dom0.py", "counted_daemon.py", *ALONE.values(), *FILES):
         dom0.put(f"{IN_DOM0}/{name}", (HERE / name).read_bytes(), mode=0o755)
     fewer = min(pairs, max(10, pairs * 2 // 3))
     calls: dict[str, tuple[str, list[int]]] = {
@@ -142,6 +151,8 @@ def report(result: dict[str, Any]) -> list[Row]:
     if "bells" in result:
         series, rounds = result["bells"]["series"], result["bells"]["rounds"]
         rows.append((f"{rounds} rings relayed / C", compare(series, "ours", "bare"), "<= 4"))
+    if "peers" in result:
+        rows += report_peers(result["peers"])
     if "windows" in result:
         rows += report_windows(result["windows"])
     if "creates" in result:
@@ -200,6 +211,7 @@ def report_scatter(found: dict[str, Any]) -> list[Row]:
         for kind, what, aim in (
             ("copy", "bandwidth of a list copied", f">= {SCATTER_AIMS[name]}"),
             ("whole", "  the same with its mapping", ""),
+            ("granted", "  the same by grants", ""),
         ):
             plain, ours = series[f"{name} memcpy"], series[f"{name} {kind}"]
             medians = [statistics.median(figures) * 1e6 for figures in (plain, ours)]
@@ -207,6 +219,25 @@ def report_scatter(found: dict[str, Any]) -> list[Row]:
             text += f"  ({medians[0]:.0f} / {medians[1]:.0f} us)"
             rows.append((f"{what} / memcpy, {number} x {name}", text, aim))
     return rows
+
+
+def report_peers(found: dict[str, Any]) -> list[Row]:
+    """Round trips of rings, and how many messages there are in the time of one of vchan's."""
+    series, rows = found["series"], []
+    for name, what, aim in (("direct", "direct", "<= 1.5"), ("ours", "by xshmd", "<= 4")):
+        rows.append((f"doorbell round trip, {what} / by C", quick(series, name, "bare"), aim))
+    for size in found["sizes"]:
+        what = f"ring of messages / libxenvchan, {size} bytes: messages a second"
+        rows.append((what, quick(series, f"vchan {size}", f"ring {size}"), ""))
+    return rows
+
+
+def quick(series: dict[str, list[float]], ours: str, reference: str) -> str:
+    """A ratio, as :func:`compare`, of what takes microseconds."""
+    one, other = series[ours], series[reference]
+    medians = [statistics.median(figures) * 1e6 for figures in (one, other)]
+    best = min(one) / min(other)
+    return f"{ratio(one, other)}  best {best:.3f}  ({medians[0]:.1f} / {medians[1]:.1f} us)"
 
 
 def report_windows(found: dict[str, Any]) -> list[Row]:
@@ -292,7 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         programs, qemu = build(chosen.arch)
         result: dict[str, Any] = {"versions": {"arch": chosen.arch, "qemu": qemu}}
-        with Machine(chosen.arch, artefacts=keep, time_limit_s=TIME_LIMIT_S) as machine:
+        with Machine(
+            chosen.arch, artefacts=keep, time_limit_s=TIME_LIMIT_S, xen_args=XEN_ARGS
+        ) as machine:
             for name, data in programs.items():
                 machine.dom0.put(f"{IN_DOM0}/{name}", data, mode=0o755)
             for _ in measure(machine, chosen.phase or list(PHASES), chosen.pairs, result):

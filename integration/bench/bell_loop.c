@@ -4,7 +4,8 @@
  *
  *   bell_loop ping           makes two ports and says "ports A B"; each line "go N" rings at A and
  *                            waits for B, N times: "ok NANOSECONDS"
- *   bell_loop relay A B      binds both; whatever rings at one rings at the other, until it is killed
+ *   bell_loop relay DOMID A DOMID B   binds these ports of these domains; whatever rings at one rings
+ *                            at the other, until it is killed
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -33,12 +34,14 @@ static int heard(void)
     return port;
 }
 
-static void relay(int one, int other)
+static int line(const char *domid, const char *port)
 {
-    int lines[2] = {
-        bound(xenevtchn_bind_interdomain(evtchn, 0, (evtchn_port_t)one)),
-        bound(xenevtchn_bind_interdomain(evtchn, 0, (evtchn_port_t)other)),
-    };
+    return bound(xenevtchn_bind_interdomain(evtchn, (uint32_t)atoi(domid), (evtchn_port_t)atoi(port)));
+}
+
+static void relay(char **ends)
+{
+    int lines[2] = { line(ends[0], ends[1]), line(ends[2], ends[3]) };
 
     puts("ready");
     for (;;)
@@ -74,8 +77,8 @@ int main(int argc, char **argv)
         perror("/dev/xen/evtchn");
         return 1;
     }
-    if (argc == 4 && !strcmp(argv[1], "relay"))
-        relay(atoi(argv[2]), atoi(argv[3]));
+    if (argc == 6 && !strcmp(argv[1], "relay"))
+        relay(argv + 2);
     else if (argc == 2 && !strcmp(argv[1], "ping"))
         ping();
     return 2;

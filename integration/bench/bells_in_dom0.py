@@ -46,8 +46,10 @@ async def relay(one: int, other: int) -> None:
 @contextlib.contextmanager
 def relaying(name: str, ports: list[str]) -> Iterator[None]:
     """Have the daemon's relay, or the C program, between two ports."""
-    words = [LOOP, "relay"] if name == "bare" else [sys.executable, "-I", __file__, "relay"]
-    with subprocess.Popen([*words, *ports], stdout=subprocess.PIPE, text=True) as process:
+    words = [LOOP, "relay", "0", ports[0], "0", ports[1]]
+    if name != "bare":
+        words = [sys.executable, "-I", __file__, "relay", *ports]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         yield

@@ -4,7 +4,8 @@
 
     scatter_in_dom0.py PAIRS        its measurements as JSON on stdout
 
-``copy`` is the call into C alone, ``whole`` with the mapping and unmapping that every transfer has.
+``copy`` is the call into C alone, ``whole`` with the mapping and unmapping that every transfer has;
+``granted`` is a transfer where guests map themselves, and Xen copies.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from xshmd.xen.hypervisor import XenHypervisor
 HOLDER_GFN: Final = Gfn(0x40200)
 FRAMES: Final = 2 * frames_of(MAX_LIST_BYTES)
 """The first half is copied to the second."""
+GRANT_FRAMES: Final = 16
+"""Of the holder's table: room for a reference to each frame of both halves, and some."""
+FIRST_REF: Final = 8
 POOL_BYTES: Final = 1 << 20
 SEGMENTS: Final = {"4 KiB": (4 << 10, 64), "64 KiB": (64 << 10, 64), "2 MiB": (2 << 20, 4)}
 """Bytes of a segment, and how many of them are in a list."""
@@ -87,7 +91,7 @@ def measure(pairs: int) -> dict[str, Any]:
     """Every size in turn, again and again."""
     columns: dict[str, list[float]] = {}
     with XenHypervisor() as xen:
-        domid = xen.create_holder_domain(new_holder_uuid())
+        domid = xen.create_holder_domain(new_holder_uuid(), nr_grant_frames=GRANT_FRAMES)
         try:
             xen.set_paging_pool_bytes(domid, POOL_BYTES)
             xen.set_max_pages(domid, FRAMES)
@@ -106,8 +110,12 @@ def measure(pairs: int) -> dict[str, Any]:
                         "memcpy": functools.partial(mapped.memcpy, size * number),
                         "copy": copy,
                         "whole": functools.partial(xen.copy_ranges, domid, source, target),
+                        "granted": functools.partial(
+                            xen.copy_granted, domid, FIRST_REF, source, target
+                        ),
                     }
-                    order = list(kinds)[turn % 3 :] + list(kinds)[: turn % 3]
+                    first = turn % len(kinds)
+                    order = list(kinds)[first:] + list(kinds)[:first]
                     for kind in order:
                         took = seconds(kinds[kind])
                         if turn:
