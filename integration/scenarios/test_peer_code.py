@@ -48,6 +48,18 @@ def test_the_relay_holds_up_whoever_rings_without_end_and_nobody_else(tmp_path: 
     assert re.fullmatch(r"flood \d+ calm \d+\n", said)
 
 
+def test_the_documented_example_compiles(tmp_path: Path) -> None:
+    tools = ToolRoot.get(Cache())
+    text = (PROJECT / "docs/doorbells.md").read_text()
+    example = re.search(r"^```c\n(.*?)^```", text, re.M | re.S)[1]  # type: ignore[index]
+    page, struct, loop = re.split(r"\n(?=struct)|\n\n(?=if)", example)
+    guest = f"void guest(void);\nvoid guest(void)\n{{\n{struct}\n{loop}}}\n"
+    (tmp_path / "example.c").write_text(f'#include "xshm_peer.h"\n{page}\n{guest}')
+    binds = {PROJECT: "/rig/src", tmp_path: "/rig/out"}
+    offered = "-I/rig/src/xshmd/resources/guest"
+    tools.run(["gcc", *FLAGS.split(), offered, "-fsyntax-only", "/rig/out/example.c"], binds=binds)
+
+
 def test_it_is_as_short_as_it_promises() -> None:
     offered = PROJECT / "xshmd/resources/guest"
     files = [offered / name for name in ("xshm_peer.c", "xshm_peer.h")]
