@@ -69,6 +69,13 @@ ROWS: Final = (
     ),
     *(
         Row(
+            f"rings-{arch}", f"real Xen, {arch}: a guest rings as fast as it can; none is lost",
+            f"rings ARCH={arch} RINGS=1000000", r"^(\d+ rings in .*)$",
+        )
+        for arch in ("arm64", "x86_64")
+    ),
+    *(
+        Row(
             f"traces-{arch}", f"random calls answered by the model as by real Xen, {arch}",
             f"differential ARCH={arch} TRACES=1000:100",
         )

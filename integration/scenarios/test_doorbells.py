@@ -95,7 +95,7 @@ def test_no_ring_is_lost_in_a_flood(host: Host) -> None:
     after = host.ask("call", "Status", {})["status"]["counters"]
     by_dom0 = after["doorbell_rings"] - before["doorbell_rings"]
     print(
-        f"{host.arch}: {RINGS} rings in {number(rang, 'us') / 1e6:.1f} s, "
+        f"{RINGS} rings in {number(rang, 'us') / 1e6:.1f} s, "
         f"{by_dom0} of them looked at in dom0; the peer was woken {number(line, 'wakes')} times"
     )
     host.destroy(zero, one)
