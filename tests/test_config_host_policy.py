@@ -23,6 +23,7 @@ leases = 0
 regions_per_guest = 3
 memory_per_guest = 0x1000
 free_memory = "1 GiB"
+pause = "2 s"
 
 [allow.control]
 guests = ["sensor-*", "ctl"]
@@ -45,12 +46,13 @@ def test_all_of_it() -> None:
         name: getattr(limits, name).value
         for name in (
             "regions", "memory", "members", "leases", "regions_per_guest", "memory_per_guest",
-            "free_memory",
+            "free_memory", "pause",
         )
     }  # fmt: skip
     assert values == {
         "regions": 64, "memory": 1 << 20, "members": 8, "leases": 0, "regions_per_guest": 3,
         "memory_per_guest": 1, "free_memory": 1 << 18,
+        "pause": 2000,
     }  # fmt: skip
     assert limits.memory is not None
     assert str(limits.memory.place) == "xshmd.toml:4: limits.memory"
@@ -59,7 +61,7 @@ def test_all_of_it() -> None:
         "control", ("sensor-*", "ctl"), ("frames*",), True,
     )  # fmt: skip
     assert (rest.guests, rest.regions, rest.dom0) == (("web-?",), ("*",), False)
-    assert str(rest.place) == "xshmd.toml:16: allow.rest"
+    assert str(rest.place) == "xshmd.toml:17: allow.rest"
 
 
 def test_nothing_is_no_policy() -> None:
@@ -79,6 +81,9 @@ def test_nothing_is_no_policy() -> None:
         ("[limits]\nregions = -1", "bad-number", "xshmd.toml:2: limits.regions"),
         ("[limits]\nmemory = 5", "unaligned", "xshmd.toml:2: limits.memory"),
         ('[limits]\nmemory = "5 GB"', "bad-number", "xshmd.toml:2: limits.memory"),
+        ("[limits]\npause = 5", "bad-type", "xshmd.toml:2: limits.pause"),
+        ('[limits]\npause = "5 h"', "bad-time", "xshmd.toml:2: limits.pause"),
+        ('[limits]\npause = "1.5 s"', "bad-time", "xshmd.toml:2: limits.pause"),
         ("[allow]\nguests = []", "bad-type", "xshmd.toml:2: allow.guests"),
         ("[allow.x]", "missing-key", "xshmd.toml:1: allow.x"),
         ("[allow.x]\nguests = []", "bad-type", "xshmd.toml:2: allow.x.guests"),

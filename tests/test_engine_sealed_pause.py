@@ -11,6 +11,14 @@ from trio.testing import MockClock
 
 from xshmd.changes import AttachRegion
 from xshmd.errors import Refused
+from xshmd.host_policy import HostPolicy, Limit, Limits
+from xshmd.model import Place
+
+ONE_SECOND = HostPolicy(
+    limits=Limits(
+        pause=Limit(value=1000, place=Place(file="xshmd.toml", key="limits.pause", line=2))
+    )
+)
 
 
 async def test_the_pause_is_measured(autojump_clock: MockClock) -> None:
@@ -39,7 +47,8 @@ async def test_the_pause_is_measured(autojump_clock: MockClock) -> None:
 
 
 async def test_a_pause_that_would_be_too_long_is_given_up(autojump_clock: MockClock) -> None:
-    async with a_host(pause_ceiling_s=1.0) as (host, daemon):
+    async with a_host() as (host, daemon):
+        host.finder.rules = ONE_SECOND
         r = own(host, "r", 8192 + 7)
         a = await make(host, "a", r)
         write(host, a, r, b"before")
@@ -53,8 +62,10 @@ async def test_a_pause_that_would_be_too_long_is_given_up(autojump_clock: MockCl
         host.xen.before = slow
         with pytest.raises(
             Refused, match=r"2 guests of its group would stand still for about 1.* s"
-        ):
+        ) as caught:
             await daemon.engine.apply([AttachRegion(guest="b", request=host.borrow("r"))])
+        assert caught.value.hint.endswith("raise xshmd.toml:2: limits.pause")
+        assert daemon.engine.statistics()["refusals_too-long-a-pause"] == 1
         host.xen.before = lambda call: None
         assert host.pages(a.domid, r) == before
         assert read(host, a, r) == b"before"
@@ -67,7 +78,8 @@ async def test_a_pause_that_would_be_too_long_is_given_up(autojump_clock: MockCl
 
 
 async def test_what_was_slow_once_is_refused_at_once(autojump_clock: MockClock) -> None:
-    async with a_host(pause_ceiling_s=1.0) as (host, _):
+    async with a_host() as (host, _):
+        host.finder.rules = ONE_SECOND
 
         def slow(call: Call) -> None:
             if call.kind == "populate":

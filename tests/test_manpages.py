@@ -154,7 +154,7 @@ def test_every_exit_status_is_explained() -> None:
         ("[region.ID]", set(toml.REGION_KEYS) - {"guest"}),
         ("[region.ID.guest.NAME]", set(toml.MEMBER_KEYS)),
         ("[guest.NAME]", set(toml.GUEST_KEYS)),
-        ("[limits]", {*host_policy.COUNTS, *host_policy.SIZES}),
+        ("[limits]", {*host_policy.COUNTS, *host_policy.SIZES, *host_policy.TIMES}),
         ("[allow.NAME]", set(host_policy.ALLOW_KEYS)),
     ],
 )

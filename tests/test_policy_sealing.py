@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 
 from xshmd.errors import Conflict, Refused
-from xshmd.model import Backing, Isolation, RegionTerms, Transport
+from xshmd.host_policy import Limit
+from xshmd.model import Backing, Isolation, Place, RegionTerms, Transport
 from xshmd.policy.sealing import FIRST_MAP_S, Pace, check_alike, check_pause, mixed
 
 OPEN, SEALED = RegionTerms(), RegionTerms(isolation=Isolation.SEALED)
@@ -33,12 +34,21 @@ def test_host_memory_and_grants_are_never_sealed() -> None:
 
 
 def test_a_pause_is_refused_only_if_somebody_waits() -> None:
-    check_pause("r", 2.0, 2.0, 256, 3)
-    check_pause("r", 99.0, 2.0, 256, 0)
+    two = Limit(value=2000, place=Place(file="xshmd.toml", line=4))
+    check_pause("r", 2.0, two, 256, 3)
+    check_pause("r", 99.0, two, 256, 0)
     with pytest.raises(Refused, match=r"r: 1 guest of its group would stand still for about 2.1 s"):
-        check_pause("r", 2.1, 2.0, 256, 1)
-    with pytest.raises(Refused, match=r"3 guests of its group .* while 1 MiB are put"):
-        check_pause("r", 2.1, 2.0, 256, 3)
+        check_pause("r", 2.1, two, 256, 1)
+    with pytest.raises(Refused, match=r"3 guests of its group .* while 1 MiB are put") as caught:
+        check_pause("r", 2.1, two, 256, 3)
+    assert caught.value.hint.endswith("raise xshmd.toml:4")
+
+
+def test_where_nobody_says_how_long_it_is_ten_seconds() -> None:
+    check_pause("r", 10.0, None, 256, 1)
+    with pytest.raises(Refused, match="10 s is the most it may") as caught:
+        check_pause("r", 10.1, None, 256, 1)
+    assert "[limits] pause in /etc/xshmd/xshmd.toml" in caught.value.hint
 
 
 def test_the_best_time_decides_beforehand_and_the_worst_of_late_for_the_rest() -> None:

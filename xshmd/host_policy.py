@@ -17,7 +17,7 @@ class Limit:
     """The most of something, or of the host's free memory the least; and where that was written."""
 
     value: int
-    """A number of things, or of frames."""
+    """A number of things, of frames, or of milliseconds."""
     place: Place
 
 
@@ -38,6 +38,8 @@ class Limits:
     """How many frames one guest has, of all of its regions."""
     free_memory: Limit | None = None
     """How many frames of the host are left free when a region is made."""
+    pause: Limit | None = None
+    """For how many milliseconds the guests of a sealed group stand still for a change."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

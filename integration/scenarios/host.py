@@ -34,6 +34,7 @@ SOCKET = "/run/xshmd/io.xshmd.Regions"
 KEEPER_SOCKET = "/run/xshmd-keeper/socket"
 ETC = "/etc/xen"
 CONFIGS = "/srv/guests"
+POLICY = "/etc/xshmd/xshmd.toml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +402,15 @@ class Host:
             if self.daemon_runs:
                 self.stop_daemon()
             self.start_daemon()
+
+    @contextmanager
+    def policy(self, text: str) -> Iterator[None]:
+        """Run the body with what an administrator says in xshmd.toml; no daemon is told."""
+        self.dom0.put(POLICY, text)
+        try:
+            yield
+        finally:
+            self.dom0.run(["rm", POLICY])
 
     def xshmctl(
         self, *words: str, check: bool = True, env: dict[str, str] | None = None

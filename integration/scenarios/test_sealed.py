@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from integration.scenarios.guest import FREE_WORD, MIB, PAGE, Entry
-from integration.scenarios.host import Host, add, attach, detach, remove
+from integration.scenarios.host import POLICY, Host, add, attach, detach, remove
 
 SEALED = "isolation=sealed"
 
@@ -127,14 +127,15 @@ def test_filled_beforehand_and_given_to_guests_that_run(host: Host) -> None:
 def test_a_pause_that_is_too_long_is_refused(host: Host) -> None:
     """What may not stand still for so long goes on with what it has."""
     region, since = host.unique("sealed"), host.mark
-    with host.daemon_with("--pause-ceiling", "0.0001"):
-        first = host.guest("first", Entry(region, host.at, more=SEALED), do="fill,beat")
-        host.create(first)
-        host.wait_said(first, "filled .*")
+    first = host.guest("first", Entry(region, host.at, more=SEALED), do="fill,beat")
+    host.create(first)
+    host.wait_said(first, "filled .*")
+    with host.policy('[limits]\npause = "0 ms"\n'):
         refused = host.guest("refused", Entry(region, host.at, role="borrower"), slot=1)
         assert host.create(refused, check=False).status
         ((_, reason),) = host.refusals(since)
         assert "1 guest of its group would stand still for about" in reason
+        assert f"raise {POLICY}:2: limits.pause" in reason
     watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=2)
     host.create(watcher)
     host.wait_beats(watcher, 0)

@@ -345,8 +345,8 @@ TARGETS: Final = {
             name="host-policy",
             run=host_policy,
             words=_words("""[limits] [allow.x] regions = 1 members leases memory "1_MiB" guests
-                regions_per_guest memory_per_guest free_memory dom0 true ["*"] ["a","b"] [] {} 0
-                -1 18446744073709551616 [!a] [[ ]] ."""),
+                regions_per_guest memory_per_guest free_memory pause "2_ms" dom0 true ["*"]
+                ["a","b"] [] {} 0 -1 18446744073709551616 [!a] [[ ]] ."""),
         ),
         Target(
             name="devicetree",

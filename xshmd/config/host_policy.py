@@ -11,6 +11,7 @@
     regions_per_guest = 8
     memory_per_guest = "256 MiB"
     free_memory = "1 GiB"           # of the host, which regions leave free
+    pause = "500 ms"                # for which a sealed group stands still
 
     [allow.control]                 # without any such table everybody may share with everybody
     guests = ["sensor-*", "ctl"]    # guests that may share with one another
@@ -43,6 +44,7 @@ DIRECTORIES: Final = tuple(
 """Where it is looked for, with the rules of :mod:`xshmd.config.lookup`."""
 COUNTS: Final = ("regions", "members", "leases", "regions_per_guest")
 SIZES: Final = ("memory", "memory_per_guest", "free_memory")
+TIMES: Final = ("pause",)
 ALLOW_KEYS: Final = ("guests", "regions", "dom0")
 
 
@@ -65,8 +67,9 @@ def read_policy(data: bytes, *, file: str, drop_ins: Sequence[Source] = ()) -> H
 
 
 def _limits(table: Table, errors: list[ConfigError]) -> Limits:
-    keys = Keys(table, (*COUNTS, *SIZES), errors)
+    keys = Keys(table, (*COUNTS, *SIZES, *TIMES), errors)
     values = {key: keys.count(key) for key in COUNTS} | {key: keys.frames(key) for key in SIZES}
+    values |= {key: keys.milliseconds(key) for key in TIMES}
     return Limits(
         **{
             key: Limit(value=value, place=keys.place(key))

@@ -22,6 +22,9 @@ _Word = TypeVar("_Word", bound=enum.StrEnum)
 _UNITS: Final = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 _SIZE: Final = re.compile(r"([0-9]{1,30})[ \t]*([A-Za-z]{1,8})", re.ASCII)
 _EXAMPLE: Final = 'write a number of bytes, or text as "1 MiB"'
+_TIME_UNITS: Final = {"ms": 1, "s": 1000, "min": 60_000}
+_TIME: Final = re.compile(rf"([0-9]{{1,9}})[ \t]*({'|'.join(_TIME_UNITS)})", re.ASCII)
+_TIME_EXAMPLE: Final = f'write text as "10 s"; units are {", ".join(_TIME_UNITS)}'
 
 
 class Keys:
@@ -131,6 +134,14 @@ class Keys:
         what = f"'{shown(text)}' is not known"
         self.wrong(key, "bad-word", what, f'say "{close}"' if close else remedy)
         return None
+
+    def milliseconds(self, key: str) -> int | None:
+        """Return for how long something may last; None if it is absent or wrong."""
+        text = self._of_type(key, str, "a time", _TIME_EXAMPLE)
+        found = None if text is None else _TIME.fullmatch(text.strip())
+        if text is not None and found is None:
+            self.wrong(key, "bad-time", f"{self._said(key)} is not a time", _TIME_EXAMPLE)
+        return None if found is None else int(found[1]) * _TIME_UNITS[found[2]]
 
     def frames(self, key: str) -> int | None:
         """Return how many frames, or which, a size or address is; None if absent or wrong."""

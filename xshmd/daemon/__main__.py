@@ -13,7 +13,7 @@ import trio
 
 from xshmd import __version__
 from xshmd.daemon import app, logs
-from xshmd.engine.options import PAUSE_CEILING_S, REBOOT_GRACE_S, Options
+from xshmd.engine.options import REBOOT_GRACE_S, Options
 from xshmd.errors import XshmError
 
 DEFAULT_SOCKET = Path("/run/xshmd/io.xshmd.Regions")
@@ -37,10 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reboot-grace", type=float, default=REBOOT_GRACE_S, metavar="SECONDS",
         help="how long regions wait for a guest that rebooted or crashed (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pause-ceiling", type=float, default=PAUSE_CEILING_S, metavar="SECONDS",
-        help="how long the guests of a sealed group may stand still (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--metrics-file", type=Path, metavar="PATH",
@@ -71,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         socket_path=chosen.socket,
         options=Options(
             reboot_grace_s=chosen.reboot_grace,
-            pause_ceiling_s=chosen.pause_ceiling,
             destroy_on_failure=chosen.on_failure == "destroy",
         ),
         metrics_path=chosen.metrics_file,

@@ -8,7 +8,6 @@ from typing import Final
 
 REBOOT_GRACE_S: Final = 30.0
 FREE_MEMORY_FLOOR_BYTES: Final = 16 << 20
-PAUSE_CEILING_S: Final = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +18,5 @@ class Options:
     """How long the regions of a guest that rebooted or crashed wait for it to come back."""
     free_memory_floor_bytes: int = FREE_MEMORY_FLOOR_BYTES
     """How much of the host's memory regions never take."""
-    pause_ceiling_s: float = PAUSE_CEILING_S
-    """How long the guests of a sealed group may stand still for a change."""
     destroy_on_failure: bool = True
     """Destroy a guest whose regions cannot be given; otherwise it stays paused for an admin."""

@@ -88,7 +88,7 @@ class Reconciler:
         self._inspection = inspection = Inspection(xen, ledger, hub)
         self._windows = windows = Windows(
             xen=xen, keeper=keeper, worker=self._worker, ledger=ledger, holders=holders, hub=hub,
-            inspection=inspection, ceiling_s=options.pause_ceiling_s,
+            inspection=inspection, finder=finder,
         )  # fmt: skip
         self._doorbells = doorbells = Doorbells(
             channels=channels, xen=xen, ledger=ledger, holders=holders

@@ -20,6 +20,7 @@ from typing import Final
 import structlog
 import trio
 
+from xshmd.dom0_ports import ConfigFinder
 from xshmd.engine import attach as maps
 from xshmd.engine.events import EventHub
 from xshmd.engine.fresh_pages import FreshPages
@@ -32,6 +33,7 @@ from xshmd.engine.window_records import Phase, Window
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, DomainGone, StoreTrouble, XshmError
 from xshmd.events import Event, EventKind
+from xshmd.host_policy import Limit
 from xshmd.model import Guest, GuestState, Holder, Region
 from xshmd.policy.sealing import Pace, check_alike, check_pause, count_of
 from xshmd.ports import Hypervisor, Keeper
@@ -58,11 +60,11 @@ class Windows:
         holders: Holders,
         hub: EventHub,
         inspection: Inspection,
-        ceiling_s: float,
+        finder: ConfigFinder,
     ) -> None:
         self._xen, self._keeper, self._worker = xen, keeper, worker
         self._ledger, self._holders, self._hub = ledger, holders, hub
-        self._inspection, self._ceiling_s = inspection, ceiling_s
+        self._inspection, self._finder = inspection, finder
         self._pace = Pace()
         self._still = Standstill(xen, ledger)
         self._fresh = FreshPages(xen, keeper, holders)
@@ -111,10 +113,11 @@ class Windows:
             raise Conflict("the holder is gone", hint="start the guest again", holder=holder_uuid)
         self._holders.verify(holder)
         regions = await self._regions(holder, region_ids)
-        window = await self._begin(holder, regions, reason, join)
+        ceiling = await self._ceiling()
+        window = await self._begin(holder, regions, reason, join, ceiling)
         try:
             self._still.begin(window, holder)
-            await self._prepare(window, holder)
+            await self._prepare(window, holder, ceiling)
             if join is not None:
                 await self._give(window, holder, join)
         except StoreTrouble:
@@ -127,6 +130,12 @@ class Windows:
         return await self._close(await self._step(window, Phase.SEALING), holder)
 
     # -- before anything is done ----------------------------------------------------------------
+
+    async def _ceiling(self) -> Limit | None:
+        """Return for how long a group may stand still, if the administrator says so."""
+        policy = await trio.to_thread.run_sync(self._finder.policy)
+        # While it is wrong nobody gets anything new, and what is taken away has to be.
+        return None if isinstance(policy, XshmError) else policy.limits.pause
 
     async def _regions(self, holder: Holder, region_ids: Iterable[str]) -> list[Region]:
         """Return the regions; Conflict if they cannot be put on fresh pages."""
@@ -178,7 +187,12 @@ class Windows:
     # -- opening --------------------------------------------------------------------------------
 
     async def _begin(
-        self, holder: Holder, regions: Sequence[Region], reason: str, join: Join | None
+        self,
+        holder: Holder,
+        regions: Sequence[Region],
+        reason: str,
+        join: Join | None,
+        ceiling: Limit | None,
     ) -> Window:
         """Write down what is going to be done."""
         nr_frames = sum(region.nr_frames for region in regions)
@@ -195,7 +209,7 @@ class Windows:
         moved = nr_moved(window, self._members(window, holder))
         if self._pace.fresh_s:
             rest_s = self._pace.rest_s(nr_frames, moved)
-            check_pause(f"sealed {names}", rest_s, self._ceiling_s, nr_frames, len(others))
+            check_pause(f"sealed {names}", rest_s, ceiling, nr_frames, len(others))
         pauses: list[tuple[str, int]] = []
         if join is not None and join.pauses is not None:
             pauses.append((join.guest.generation, join.pauses))
@@ -207,7 +221,7 @@ class Windows:
             enlarge_paging_pool(self._xen, holder.domid, [end - holder.next_gfn])
             await self._ledger.put_holder(dataclasses.replace(holder, next_gfn=end))
 
-    async def _prepare(self, window: Window, holder: Holder) -> None:
+    async def _prepare(self, window: Window, holder: Holder, ceiling: Limit | None) -> None:
         """Make the fresh pages and fill them."""
         began = trio.current_time()
         nr_frames = sum(fresh.nr_frames for fresh in window.fresh)
@@ -225,7 +239,7 @@ class Windows:
                 rest_s = (nr_frames - done) * spent / done + self._pace.rest_s(0, moved)
                 total_s = self._still.lasted_s(holder.uuid) + rest_s
                 check_pause(
-                    f"sealed region {fresh.region_id}", total_s, self._ceiling_s, nr_frames,
+                    f"sealed region {fresh.region_id}", total_s, ceiling, nr_frames,
                     len(window.pauses),
                 )  # fmt: skip
         kept = await self._worker.run(self._keeper.kept)

@@ -13,9 +13,12 @@ from collections.abc import Iterable
 from typing import Final
 
 from xshmd.errors import Conflict, Refused
+from xshmd.host_policy import Limit
 from xshmd.model import Backing, RegionTerms, Transport
 from xshmd.units import bytes_of, human_size
 
+USUAL_PAUSE_S: Final = 10.0
+"""For how long a group may stand still where the administrator says nothing."""
 FIRST_MAP_S: Final = 10e-6
 """What mapping a frame is taken to cost before it was ever measured, in seconds."""
 
@@ -76,13 +79,16 @@ def count_of(nr_guests: int) -> str:
 
 
 def check_pause(
-    what: str, seconds: float, ceiling_s: float, nr_frames: int, nr_guests: int
+    what: str, seconds: float, ceiling: Limit | None, nr_frames: int, nr_guests: int
 ) -> None:
-    """Raise Refused if a group would stand still for longer than it may."""
+    """Raise Refused if a group would stand still for longer than the administrator lets it."""
+    ceiling_s = USUAL_PAUSE_S if ceiling is None else ceiling.value / 1000
     if nr_guests and seconds > ceiling_s:
         raise Refused(
             f"{what}: {count_of(nr_guests)} of its group would stand still for about"
             f" {seconds:.2g} s while {human_size(bytes_of(nr_frames))} are put on fresh pages, and"
             f" {ceiling_s:g} s is the most it may",
-            hint="make sealed regions smaller, or let xshmd pause them longer (--pause-ceiling)",
+            hint="make sealed regions smaller, or raise "
+            f"{ceiling.place if ceiling else '[limits] pause in /etc/xshmd/xshmd.toml'}",
+            rule="too-long-a-pause",
         )
