@@ -33,7 +33,7 @@ class Box:
         self.write("sys/hypervisor/type", "xen\n")
         for name, value in (("major", "4"), ("minor", "20"), ("extra", ".4")):
             self.write(f"sys/hypervisor/version/{name}", f"{value}\n")
-        for device in ("privcmd", "hypercall", "xenbus", "gntdev", "evtchn"):
+        for device in ("privcmd", "hypercall", "xenbus", "gntdev", "gntalloc", "evtchn"):
             self.write(f"dev/xen/{device}", "")
         self.write("usr/lib/x86_64-linux-gnu/libxenctrl.so.4.20", "")
         (self.root / "run/xenstored").mkdir(parents=True)
@@ -89,6 +89,7 @@ def test_a_sound_machine(box: Box) -> None:
         ("dev/xen/privcmd", probe.FAILED, "/dev/xen/privcmd is not there"),
         ("dev/xen/hypercall", probe.WARNING, "/dev/xen/hypercall is not there"),
         ("dev/xen/gntdev", probe.WARNING, "/dev/xen/gntdev is not there"),
+        ("dev/xen/gntalloc", probe.WARNING, "/dev/xen/gntalloc is not there"),
         ("sys/hypervisor/version/minor", probe.WARNING, "does not say which Xen"),
         ("run/xshmd-keeper/socket", probe.WARNING, "xshmd-keeper does not run"),
         (

@@ -17,10 +17,12 @@ TEXT = (Path(__file__).parent.parent / "docs/grants.md").read_text()
 
 
 def test_the_region_may_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
-    file = tmp_path / "frames.toml"
-    file.write_text(block)
-    assert main(["check", "--arch", "arm64", str(file)]) == 0, capsys.readouterr().err
+    blocks = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.toml").write_text(block)
+    files = map(str, tmp_path.iterdir())
+    assert main(["check", "--arch", "arm64", *files]) == 0, capsys.readouterr().err
 
 
 def test_the_references_are_those_it_would_have() -> None:

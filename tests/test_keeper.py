@@ -16,7 +16,7 @@ from xshmd.errors import Conflict, HypercallFailed, UsageError
 from xshmd.keeper import wire
 from xshmd.keeper.__main__ import listen, main, serve
 from xshmd.keeper.client import KeeperClient
-from xshmd.keeper.shelf import Shelf
+from xshmd.keeper.shelf import Shelf, ranges
 from xshmd.units import PAGE_SIZE, DomId, Gfn, bytes_of
 
 FIRST = Gfn(0x40200)
@@ -104,6 +104,35 @@ def test_what_is_wrong_comes_back_as_it_was(xen: SimulatedXen, holder: DomId, pa
             with pytest.raises(Conflict):
                 call()
         assert client.kept() == {"r": 2}
+
+
+def test_what_dom0_lends_is_the_keepers(xen: SimulatedXen, holder: DomId, path: Path) -> None:
+    """The same references however often they are asked for, and what is in it goes along."""
+    with running(xen, path), contextlib.closing(KeeperClient(path)) as client:
+        client.park("before", "", 3)
+        client.write("before", PAGE_SIZE - 3, b"across")
+        told = client.lend("lent", "before", holder, 3, readonly=False)
+        assert told == client.lend("lent", "gone by now", holder, 3, readonly=False) == [(8, 3)]
+        entry = xen.by_domid[DomId(0)].grants[9]
+        assert (entry.valid, entry.readonly, entry.domid) == (True, False, holder)
+        assert client.read("lent", PAGE_SIZE - 3, 6) == b"across"
+        client.drop("before", wipe=True)
+        assert client.kept() == {"lent": 3}
+        with pytest.raises(Conflict, match="keeps nothing as before"):
+            client.lend("other", "before", holder, 2, readonly=True)
+        assert client.kept() == {"lent": 3}, "nothing is left of what failed"
+        client.park("after", "lent", 3)
+        client.park("after", "lent", 3)
+        client.drop("lent", wipe=True)
+        assert xen.by_domid[DomId(0)].grants == {}
+        assert xen.unwiped_frees == 0
+        assert client.read("after", PAGE_SIZE - 3, 6) == b"across"
+        client.drop("after", wipe=True)
+
+
+def test_references_are_told_as_ranges() -> None:
+    assert ranges([]) == []
+    assert ranges([8, 9, 10, 12, 20, 21]) == [(8, 3), (12, 1), (20, 2)]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xshmd.declarations import Declarations
-from xshmd.errors import ConfigError, OutOfMemory, Refused, XshmError
+from xshmd.errors import ConfigError, Conflict, OutOfMemory, Refused, XshmError
 from xshmd.host_policy import NO_POLICY, Allowed, HostPolicy, Limit, Limits
 from xshmd.model import (
+    Backing,
     Isolation,
     Lease,
     Place,
     Process,
     Prot,
+    Region,
     RegionConfig,
     RegionTerms,
     Snapshot,
@@ -28,7 +30,7 @@ from xshmd.model import (
 from xshmd.policy import quota_rules
 from xshmd.policy.holdings import NOTHING, Holdings
 from xshmd.policy.quota_rules import QUOTA_RULES, Growth, broken, check_lease
-from xshmd.units import PAGE_SIZE
+from xshmd.units import PAGE_SIZE, Gfn
 
 POLICY_FILE = "/etc/xshmd/xshmd.toml"
 
@@ -253,6 +255,40 @@ def test_leases(policy: HostPolicy, rule: str | None) -> None:
         check_lease(LEASE, policy, nr_leases=2)
     assert refusal.value.facts["rule"] == rule
     assert POLICY_FILE in refusal.value.hint
+
+
+@pytest.mark.parametrize("policy", [NO_POLICY, NOT_KNOWN], ids=["known", "not"])
+def test_what_dom0_lends_it_lends_to_one(policy: HostPolicy | XshmError) -> None:
+    """Whatever an administrator says: the kernel grants a page once."""
+    one = dataclasses.replace(holdings({"a": {"r": 4}}, r=0), lent=frozenset("r"))
+    two = dataclasses.replace(PAIR, lent=frozenset("r"))
+    error, *_ = broken(Growth(before=one, after=two, policy=policy))
+    assert (type(error), error.facts["rule"]) == (Conflict, "lent-to-one")
+    assert error.message.startswith("b.cfg:1: guests 'b' and 'a' would both have region 'r'")
+    assert len(broken(Growth(before=NOTHING, after=two, policy=NO_POLICY))) == 1, "said once"
+    for before, after in ((NOTHING, one), (two, two), (one, PAIR)):
+        found = broken(Growth(before=before, after=after, policy=NO_POLICY))
+        assert found == (), (before, after)
+
+
+def test_of_dom0s_memory_nothing_is_xens() -> None:
+    terms = RegionTerms(backing=Backing.DOM0, transport=Transport.GRANT)
+    said = Declarations(regions=(RegionConfig(region_id="r", nr_frames=9, terms=terms),))
+    files = Holdings.of_files(said)
+    assert files.regions == {"r": 0}
+    assert files.lent == {"r"}
+    there = Holdings.of(
+        Snapshot(
+            regions=(
+                Region(
+                    region_id="r", nr_frames=9, holder_uuid="", holder_first_gfn=Gfn(0), terms=terms
+                ),
+            )
+        ),
+        {"r": terms},
+    )
+    assert there.regions == {"r": 0}
+    assert there.lent == {"r"}
 
 
 NAMES = st.sampled_from("abcdefgh")

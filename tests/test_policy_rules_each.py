@@ -19,6 +19,7 @@ from xshmd.errors import XshmError
 from xshmd.machine import Arch, HostInfo
 from xshmd.model import (
     DOMAIN_0,
+    WHOLE_REGION,
     Backing,
     CachePolicy,
     GuestConfig,
@@ -103,6 +104,7 @@ def on(mfn: int, **more: Any) -> dict[str, Any]:
 
 
 GRANT: dict[str, Any] = {"transport": Transport.GRANT}
+LENT: dict[str, Any] = {**GRANT, "backing": Backing.DOM0}
 RO: dict[str, Any] = {"prot": Prot.RO, "prot_enforcement": ProtEnforcement.ADVISORY}
 OTHER = dataclasses.replace(HOST, xen_version=(4, 18))
 SILO = dataclasses.replace(HOST, xen_command_line="xsm=silo")
@@ -184,6 +186,13 @@ CASES = (
     Case(rule="region-without-grant", regions=(system(isolation=Isolation.REGION),)),
     Case(rule="grant-sealed", regions=(system(**GRANT, isolation=Isolation.SEALED),)),
     Case(rule="grant-backing", regions=(system(**GRANT, **on(7)),)),
+    Case(rule="lent-without-grant", regions=(system(backing=Backing.DOM0),)),
+    Case(rule="lent-whole", guests=(guest("a", borrower(frames=3)),), regions=(system(**LENT),)),
+    Case(
+        rule="lent-whole",
+        guests=(guest("a", borrower(offset_frames=1, frames=WHOLE_REGION)),),
+        existing=(there(owned_by="", **LENT),),
+    ),
     Case(
         rule="grant-under-silo",
         guests=(guest("a", borrower()),),
@@ -225,6 +234,12 @@ GOOD = (
         regions=(system(**GRANT),),
     ),
     Case(rule="", guests=(guest("a", owner()),), host=SILO),
+    Case(rule="", guests=(guest("a", borrower()),), regions=(system(**LENT),), host=SILO),
+    Case(
+        rule="",
+        guests=(guest("a", borrower(frames=WHOLE_REGION, prot=Prot.RO)),),
+        regions=(system(**LENT, isolation=Isolation.REGION),),
+    ),
 )
 COMPANIONS = {"different-sizes": {"owner-of-systems"}}
 """Rules that cannot be broken without these."""
@@ -235,9 +250,12 @@ def broken(case: Case) -> list[XshmError]:
     others = rules.claims((), case.guests)
     existing = {region.region_id: region for region in case.existing}
     found = list(rules.check_definitions(case.regions, others=others, arch=case.host.arch))
-    granted = grants.granted_ids(case.existing, case.regions, case.guests)
+    granted, lent = (
+        ids(case.existing, case.regions, case.guests)
+        for ids in (grants.granted_ids, grants.lent_ids)
+    )
     for config in case.guests:
-        found += rules.check_guest(config, case.host, granted=granted)
+        found += rules.check_guest(config, case.host, granted=granted, lent=lent)
         found += rules.check_requests(
             config, existing=existing, others=others, regions=case.regions, arch=case.host.arch
         )
@@ -278,6 +296,7 @@ REGISTRIES = (
     (definition_rules, "DEFINITION_RULES"),
     (grant_rules, "HOST_RULES"),
     (grant_rules, "DEFINITION_RULES"),
+    (grant_rules, "REGION_RULES"),
 )
 EACH = [
     pytest.param(module, registry, index, id=f"{registry}-{rule.__name__}")
@@ -345,7 +364,7 @@ CHECKLIST = {
     "B14 direct map": "direct-map",
     "D2 a number for each peer, and its doorbells": "doorbells",
     "B15 no more than can be kept": "other-size mixed-kinds grant-under-silo grant-backing"
-    " grant-sealed region-without-grant other-terms",
+    " grant-sealed region-without-grant other-terms lent-without-grant lent-whole",
 }
 """What the source mails ask for, by the numbers of their list, and the rules that see to it."""
 

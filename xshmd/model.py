@@ -74,6 +74,8 @@ class Backing(enum.StrEnum):
     """Fresh pages of a holder of ours."""
     HOST = "host"
     """A host-physical range kept out of Xen's allocator: a reserved carve-out or a device BAR."""
+    DOM0 = "dom0"
+    """The control domain's own memory, lent to one guest at a time; needs the grant transport."""
 
 
 class Transport(enum.StrEnum):
@@ -165,6 +167,11 @@ class RegionTerms:
         """Whether its pages are a holder's and in no holder's p2m while a member runs."""
         ours = self.backing is Backing.HOLDER and self.transport is Transport.PHYSMAP
         return ours and self.isolation is Isolation.SEALED
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether its pages are the control domain's own."""
+        return self.backing is Backing.DOM0
 
 
 USUAL_TERMS: Final = RegionTerms()
@@ -267,6 +274,7 @@ class Grant:
 
     region_id: str
     holder_uuid: str
+    """Whose references they are; empty: the control domain's own."""
     first_ref: int
     nr_frames: int
     """How many frames, and as many references."""
@@ -300,7 +308,8 @@ class Region:
     """Where its frames are if its members map grants: one grant table may be too small for all.
     The first of them is what ``holder_uuid`` and ``holder_first_gfn`` say."""
     kept: str = ""
-    """The name by which the keeper has a sealed region's pages; empty before they are made."""
+    """The name by which the keeper has a sealed or lent region's pages; empty before they are
+    made."""
     pause_us: int = 0
     """For how long a sealed region's group last stood still for it, in microseconds."""
 
@@ -310,7 +319,9 @@ class Region:
 
     @property
     def parts(self) -> tuple[Piece, ...]:
-        """Where all of its frames are."""
+        """Where all of its frames are; those that are in no holder are nowhere."""
+        if self.terms.is_lent:
+            return ()
         whole = Piece(
             holder_uuid=self.holder_uuid, holder_first_gfn=self.holder_first_gfn, offset_frames=0,
             nr_frames=self.nr_frames,

@@ -22,20 +22,12 @@ from xshmd.units import DomId, Gfn, Mfn
 T = TypeVar("T")
 
 
-class PageMap(Protocol):
-    """A dom0 mapping of some domain's frames, which keeps those pages (and the domid) alive."""
+class Pages(Protocol):
+    """Memory that dom0 has mapped."""
 
     def read(self, offset_bytes: int, nr_bytes: int) -> bytes: ...
 
     def write(self, offset_bytes: int, data: bytes) -> None: ...
-
-    def decrement(self, offset_bytes: int) -> int | None:
-        """Take one off an aligned 32-bit word, atomically; None if it is 0, and stays that.
-
-        Returns:
-            What is left of it.
-        """
-        ...
 
     def wipe(self) -> None:
         """Fill all of it with zeros."""
@@ -43,6 +35,31 @@ class PageMap(Protocol):
 
     def close(self) -> None:
         """Drop the mapping; may be called again without harm."""
+        ...
+
+
+class LentPages(Pages, Protocol):
+    """Pages of dom0's own that a guest may map; closing them ends that, as far as it can be.
+
+    What the guest has mapped by then it may map again until it has unmapped it, or ends; nobody
+    tells whether it has.
+    """
+
+    @property
+    def refs(self) -> tuple[int, ...]:
+        """The reference to each, which rise."""
+        ...
+
+
+class PageMap(Pages, Protocol):
+    """A dom0 mapping of some domain's frames, which keeps those pages (and the domid) alive."""
+
+    def decrement(self, offset_bytes: int) -> int | None:
+        """Take one off an aligned 32-bit word, atomically; None if it is 0, and stays that.
+
+        Returns:
+            What is left of it.
+        """
         ...
 
 
@@ -227,6 +244,19 @@ class Hypervisor(Protocol):
         """Map references that were given to the control domain into this process."""
         ...
 
+    def lendable_frames(self) -> int:
+        """Return how many frames dom0's kernel lends to guests, all together; 0: it cannot."""
+        ...
+
+    def lend_pages(self, guest: DomId, nr_frames: int, *, readonly: bool) -> LentPages:
+        """Have fresh, zeroed pages of dom0's own that this guest may map, and nobody else.
+
+        Raises:
+            HypercallFailed: ENOSPC if they would be more than may be lent, or references are short.
+            XenUnavailable: this kernel cannot.
+        """
+        ...
+
     def host_ranges(self) -> tuple[HostRange, ...]:
         """Return which of the machine's frames dom0 knows to be no one's RAM, and what they are.
 
@@ -328,6 +358,8 @@ class Keeper(Protocol):
     xen/arch/x86/mm/p2m.c, p2m_add_foreign()), and when all members reboot it would be freed.  So a
     mapping made before the seal is the only way to it.
 
+    Memory that dom0 lends is kept there too, as the kernel takes it back from a process that ends.
+
     Synchronous.  Every call but ``drop`` raises Conflict if there is no keeper.
     """
 
@@ -341,6 +373,30 @@ class Keeper(Protocol):
 
     def copy(self, name: str, source: str, first_frame: int, nr_frames: int) -> None:
         """Copy frames of what is kept as ``source`` to the same frames of what is kept here."""
+        ...
+
+    def lend(
+        self, name: str, source: str, domid: DomId, nr_frames: int, *, readonly: bool
+    ) -> Sequence[tuple[int, int]]:
+        """Keep pages that are lent to a domain, unless such are kept under this name already.
+
+        Args:
+            name: The name.
+            source: Under which name there is what is to be in them; empty: zeros.
+            domid: The domain.
+            nr_frames: How many.
+            readonly: Whether Xen is to refuse to map them writable.
+
+        Returns:
+            The references to them, in their order: the first of a range, and how many.
+
+        Raises:
+            As :meth:`Hypervisor.lend_pages`; nothing is kept then.
+        """
+        ...
+
+    def park(self, name: str, source: str, nr_frames: int) -> None:
+        """Keep memory that is lent to nobody, unless it is kept already; ``source`` as above."""
         ...
 
     def read(self, name: str, offset_bytes: int, nr_bytes: int) -> bytes: ...

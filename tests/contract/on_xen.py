@@ -40,6 +40,7 @@ def main(names: Sequence[str]) -> int:
             granter = make.holder(1)
             xen.write_grants(granter, 8, 1, HOLDER_GFN, DOMID_0, readonly=True)
             xen.map_grants(granter, 8, 1, writable=False).close()
+            xen.lend_pages(DOMID_0, xen.lendable_frames(), readonly=False).close()
         memory = FreeMemory(xen, QUIET_S)
         free_before = memory.settled()
         for name, case in chosen:

@@ -11,7 +11,8 @@ import errno
 from collections.abc import Sequence
 from typing import Final
 
-from fakes.machine import CONTROL_DOMAIN, Machine, SimulatedMap
+from fakes.lending import Lending
+from fakes.machine import CONTROL_DOMAIN, SimulatedMap
 from fakes.objects import Domain, GrantEntry, Page
 from xshmd.machine import Arch
 from xshmd.units import DomId, Gfn
@@ -33,7 +34,7 @@ class GrantedMap(SimulatedMap):
         writable: bool,
     ) -> None:
         super().__init__(machine, pages, writable=writable)
-        self.mapper, self._entries = mapper, tuple(entries)
+        self.mapper, self._entries, self._tables = mapper, tuple(entries), machine
         maps = machine.open_maps if mapper == CONTROL_DOMAIN else machine.granted_maps
         maps.add(self)
 
@@ -45,9 +46,10 @@ class GrantedMap(SimulatedMap):
             else:
                 entry.readers -= 1
         super().close()
+        self._tables.settle_lent()
 
 
-class GrantTables(Machine):
+class GrantTables(Lending):
     """The calls that are about grants."""
 
     @property
@@ -110,7 +112,7 @@ class GrantTables(Machine):
     ) -> GrantedMap:
         """GNTTABOP_map_grant_ref, as a guest's kernel does it for a program: all or nothing."""
         with self._lock:
-            if self.silo:
+            if self.silo and holder != CONTROL_DOMAIN:
                 raise failure("GNTTABOP_map_grant_ref", guest, errno.EINVAL)
             return self._map_grants(guest, holder, first_ref, nr_frames, writable)
 

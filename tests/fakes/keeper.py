@@ -27,6 +27,11 @@ class FakeKeeper:
         pieces = self._shelf._pieces.values()
         return {piece for each in pieces for _, piece in each if isinstance(piece, SimulatedMap)}
 
+    @property
+    def names(self) -> set[str]:
+        """By which names it keeps something."""
+        return set(self._shelf.kept())
+
     def end(self) -> None:
         """Kill it, and start another: what it kept is gone."""
         self._shelf.close()

@@ -381,6 +381,8 @@ class World:
             return f"{self.free_pages - self.xen.free_pages} pages"
         if self.locks.held:
             return f"locks {self.locks.held}"
+        if self.keeper.names:
+            return f"kept {self.keeper.names}"
         return ""
 
     async def check_clean(self) -> None:

@@ -14,7 +14,7 @@ A file has one table a region, and in it one a member::
     prot_enforcement = "required"   # required or advisory
     doorbells = 4                   # how many peers can ring each other, 2 to 15
     doorbell_route = "auto"         # auto or relayed
-    backing = "holder"              # holder or host; host needs
+    backing = "holder"              # holder, dom0 or host; host needs
     host_address = 0x50000000       # where in the machine's memory it is
     external = true                 # in place of all these: it is defined elsewhere
 
@@ -293,7 +293,7 @@ class _Region:
         if backing is Backing.HOST and "host_address" not in keys:
             hint = "say host_address, the first byte of the range in the machine's memory"
             keys.wrong("backing", "missing-key", "'host_address' is missing", hint)
-        if backing is Backing.HOLDER and "host_address" in keys:
+        if backing is not Backing.HOST and "host_address" in keys:
             what = "only memory of the host has a host_address"
             keys.wrong(
                 "host_address", "host-address", what, 'say backing = "host", or leave it out'

@@ -75,6 +75,8 @@ def _cannot_be_said(request: RegionRequest) -> str:
         return "it is left out: to xl an id has only a-z A-Z 0-9 _ - @"
     if request.terms.backing is Backing.HOST:
         return "that it is memory of the host is left out: xl has no word for it"
+    if request.terms.is_lent:
+        return "that it is dom0's own memory is left out: xl has no word for it"
     return ""
 
 

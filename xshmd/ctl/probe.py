@@ -25,6 +25,7 @@ _DEVICES: Final = {
     "hypercall": (WARNING, "hypercalls then use locked memory: use Linux 4.18 or later"),
     "xenbus": (WARNING, "needed only without xenstored's socket: modprobe xenfs"),
     "gntdev": (WARNING, "regions with the grant transport need it: modprobe xen-gntdev"),
+    "gntalloc": (WARNING, "regions of dom0's own memory need it: modprobe xen-gntalloc"),
     "evtchn": (WARNING, "doorbells need it: modprobe xen-evtchn"),
 }
 """What each device's absence amounts to, and what to do about it."""

@@ -73,6 +73,8 @@ def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
     if terms.get("backing") == "host":
         where = render.address(terms["hostFirstFrame"])
         found.append(("Backing", f"memory of the host, from machine address {where} on"))
+    if terms.get("backing") == "dom0":
+        found.append(("Backing", "memory of dom0, lent to one guest at a time"))
     if terms.get("transport") == "grant":
         found.append(("Transport", "grant (each guest maps it from grant references)"))
     if isolation := terms.get("isolation"):
@@ -85,6 +87,8 @@ def _terms(terms: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _holders(region: dict[str, Any]) -> list[tuple[str, str]]:
+    if not region["holderUuid"]:
+        return []
     pieces = region.get("pieces") or [region]
     return [("" if at else "Holder", _holder(piece)) for at, piece in enumerate(pieces)]
 

@@ -12,6 +12,7 @@ import structlog
 from xshmd.api import MAX_ACCESS_BYTES
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
+from xshmd.engine.lent import Lent
 from xshmd.engine.windows import Windows
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, NoSuchRegion, Refused, UsageError
@@ -34,16 +35,17 @@ class Access:
         ledger: Ledger,
         holders: Holders,
         windows: Windows,
+        lent: Lent,
     ) -> None:
         self._xen, self._worker, self._ledger, self._holders = xen, worker, ledger, holders
-        self._keeper, self._windows = keeper, windows
+        self._keeper, self._windows, self._lent = keeper, windows, lent
         self._written: tuple[str, int] = ("", 0)
         """Where the last write ended: region and byte."""
 
     async def read(self, region_id: str, offset_bytes: int, nr_bytes: int) -> bytes:
         """Do as :meth:`xshmd.api.RegionsApi.read_region`."""
         spans = self._find(region_id, offset_bytes, nr_bytes)
-        if (region := self._sealed(region_id)) is not None:
+        if (region := self._kept(region_id)) is not None:
             if not region.kept:
                 return bytes(nr_bytes)
             return await self._worker.run(self._keeper.read, region.kept, offset_bytes, nr_bytes)
@@ -56,8 +58,8 @@ class Access:
         spans = self._find(region_id, offset_bytes, len(data))
         if dry_run:
             return
-        if self._sealed(region_id) is not None:
-            await self._write_sealed(region_id, offset_bytes, data)
+        if self._kept(region_id) is not None:
+            await self._write_kept(region_id, offset_bytes, data)
             spans = []
         done = 0
         for domid, start, nr_bytes in spans:
@@ -69,16 +71,20 @@ class Access:
         say("region written", region=region_id, offset_bytes=offset_bytes, nr_bytes=len(data))
         self._written = (region_id, offset_bytes + len(data))
 
-    def _sealed(self, region_id: str) -> Region | None:
+    def _kept(self, region_id: str) -> Region | None:
         """Return the region if it is one that only the keeper can reach."""
         region = self._ledger.region(region_id)
-        return region if region is not None and region.terms.is_sealed else None
+        ours = region is not None and (region.terms.is_sealed or region.terms.is_lent)
+        return region if ours else None
 
-    async def _write_sealed(self, region_id: str, offset_bytes: int, data: bytes) -> None:
-        region = self._sealed(region_id)
+    async def _write_kept(self, region_id: str, offset_bytes: int, data: bytes) -> None:
+        region = self._kept(region_id)
         if region is not None and not region.kept:  # nobody has had it yet
-            await self._windows.renew(region.holder_uuid, [region_id], reason="written")
-            region = self._sealed(region_id)
+            if region.terms.is_lent:
+                await self._lent.have_memory(region)
+            else:
+                await self._windows.renew(region.holder_uuid, [region_id], reason="written")
+            region = self._kept(region_id)
         if region is not None:
             await self._worker.run(self._keeper.write, region.kept, offset_bytes, data)
 
@@ -122,6 +128,14 @@ def reachable(ledger: Ledger, holders: Holders, region_id: str) -> tuple[Region,
         NoSuchRegion, Conflict, Refused: it is not there, not ready or not to be had this way.
     """
     region, parts = reachable_parts(ledger, holders, region_id)
+    if region.terms.is_lent:
+        raise Refused(
+            f"region {region_id} is dom0's own memory, on other pages in each life of its guest: it"
+            " is not to be mapped by others",
+            hint="read and write it with `xshmctl dump` and `xshmctl load`",
+            rule="lease-backing",
+            id=region_id,
+        )
     if region.terms.is_sealed:
         raise Refused(
             f"region {region_id} is sealed: its memory is not to be mapped in dom0",
@@ -149,7 +163,7 @@ def reachable_parts(
             hint="xshmctl list shows those there are",
             id=region_id,
         )
-    if region.terms.backing is not Backing.HOLDER:
+    if region.terms.backing is Backing.HOST:
         raise Refused(
             f"region {region_id} is memory of the host, which xshmd itself does not touch",
             hint="read or write it in a guest that has it",

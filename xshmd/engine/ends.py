@@ -113,8 +113,8 @@ class Ends:
         await self._withdraw_orphans()
         by_holder: dict[str, list[Region]] = {}
         for region in self._ledger.regions:
-            if len(region.holder_uuids) > 1 and self._is_unused(region):
-                # Now, so that below each of its holders is found to be empty.
+            if len(region.holder_uuids) != 1 and self._is_unused(region):
+                # Now, so that below each of its holders is found to be empty; or it has none.
                 await self._holders.free_region(region, reason="its last member ended")
                 continue
             for uuid in region.holder_uuids:

@@ -22,6 +22,7 @@ from xshmd.engine import identity, records
 from xshmd.engine.events import EventHub
 from xshmd.engine.holders import Holders
 from xshmd.engine.ledger import Ledger
+from xshmd.engine.lent import Lent
 from xshmd.engine.xen_worker import XenWorker
 from xshmd.errors import Conflict, Refused, StoreTrouble, XshmError
 from xshmd.events import EventKind
@@ -47,10 +48,11 @@ class Grants:
         worker: XenWorker,
         ledger: Ledger,
         holders: Holders,
+        lent: Lent,
         hub: EventHub,
     ) -> None:
         self._xen, self._worker, self._ledger = xen, worker, ledger
-        self._holders, self._hub = holders, hub
+        self._holders, self._lent, self._hub = holders, lent, hub
 
     def is_granted(self, request: RegionRequest) -> bool:
         """Return whether the region of this entry is one that its members map themselves."""
@@ -68,8 +70,10 @@ class Grants:
     # -- regions --------------------------------------------------------------------------------
 
     def check_room(self, new: NewRegion) -> None:
-        """Raise Refused if a region needs more grant tables than a guest can be told of."""
-        if new.is_granted and len(self._shares(new, {})) > policy.MAX_RANGES:
+        """Raise Refused if a region is more than can be granted and told of."""
+        if new.terms.is_lent:
+            self._lent.check_room(new)
+        elif new.is_granted and len(self._shares(new, {})) > policy.MAX_RANGES:
             raise Refused(
                 f"region {new.region_id} of {human_size(bytes_of(new.nr_frames))} needs the grant "
                 f"tables of more than {policy.MAX_RANGES} holders",
@@ -98,17 +102,18 @@ class Grants:
         """
         self.check_room(new)
         self._holders.check_memory(f"region {new.region_id}", new.nr_needed_frames)
+        pieces = () if new.terms.is_lent else await self._make_room(new)
         region = Region(
             region_id=new.region_id, nr_frames=new.nr_frames, holder_uuid="",
             holder_first_gfn=Gfn(0), owner=new.owner, owner_came=owner_came,
-            lifetime=new.lifetime, terms=new.terms, from_file=new.from_file,
-            pieces=await self._make_room(new),
+            lifetime=new.lifetime, terms=new.terms, from_file=new.from_file, pieces=pieces,
         )  # fmt: skip
-        first = region.pieces[0]
-        region = dataclasses.replace(
-            region, holder_uuid=first.holder_uuid, holder_first_gfn=first.holder_first_gfn
-        )
-        await self._populate(region)
+        if pieces:
+            region = dataclasses.replace(
+                region, holder_uuid=pieces[0].holder_uuid,
+                holder_first_gfn=pieces[0].holder_first_gfn,
+            )  # fmt: skip
+            await self._populate(region)
         region = await self._ledger.put_region(dataclasses.replace(region, ready=True))
         self._hub.about_region(EventKind.REGION_CREATED, region, reason)
         return region
@@ -154,16 +159,24 @@ class Grants:
 
     # -- members --------------------------------------------------------------------------------
 
-    def allot(self, guest: Guest, requests: Iterable[RegionRequest]) -> Guest:
-        """Return the guest with references for all of these entries; nothing is written yet.
+    async def allot(self, guest: Guest, requests: Iterable[RegionRequest]) -> Guest:
+        """Return the guest with references for all of these entries.
+
+        Nothing is written into a holder's table yet; to dom0's memory the guest has them already,
+        as its kernel chooses them.
 
         Raises:
             Refused: a grant table has too few left.
+            Conflict, HypercallFailed, XenUnavailable: dom0 cannot lend it.
         """
         for request in self.mapped_by_guest(requests):
             if any(one.region_id == request.region_id for one in self._living(guest)):
                 continue  # allotted before we were cut off
-            guest = self._allot_one(guest, request)
+            region = self._ledger.region(request.region_id)
+            if region is not None and region.terms.is_lent:
+                guest = await self._lent.lend(guest, region, request)
+            else:
+                guest = self._allot_one(guest, request)
         return guest
 
     @staticmethod
@@ -200,7 +213,7 @@ class Grants:
         todo = [
             (grant, *self._frames_of(grant))
             for grant in self._living(guest)
-            if grant.region_id in readonly
+            if grant.region_id in readonly and grant.holder_uuid
         ]
 
         def write() -> None:
@@ -225,7 +238,7 @@ class Grants:
 
     async def attach(self, guest: Guest, requests: Sequence[RegionRequest]) -> None:
         """Give a guest that runs references to more regions, which it is not told of yet."""
-        guest = self.allot(guest, requests)
+        guest = await self.allot(guest, requests)
         records.check_fits(guest)
         await self._ledger.put_guest(guest)
         await self.give(guest, requests)
@@ -233,7 +246,11 @@ class Grants:
     # -- taking away ----------------------------------------------------------------------------
 
     async def take(self, guest: Guest, region_ids: Collection[str]) -> Guest:
-        """Let a guest map these regions no more; what it still has mapped stays on record."""
+        """Let a guest map these regions no more.
+
+        What it still has mapped stays on record, but for dom0's memory: there nobody can tell.
+        """
+        await self._lent.take_back(guest.generation, region_ids)
         ended = tuple(
             dataclasses.replace(one, is_ended=True) if one.region_id in region_ids else one
             for one in guest.grants
@@ -281,12 +298,14 @@ class Grants:
 
         Xen has unmapped what it had mapped (gnttab_release_mappings()).
         """
+        await self._lent.take_back(guest.generation)
         if guest.grants:
             await self._worker.run(self._end, guest.grants)
         return dataclasses.replace(guest, grants=())
 
     async def sweep(self) -> bool:
         """Forget what has been unmapped since; return whether anything is still mapped."""
+        await self._lent.sweep()
         for guest in self._ledger.guests:
             if guest.state is GuestState.ATTACHED:
                 await self._let_go(guest)

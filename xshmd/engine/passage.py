@@ -283,7 +283,7 @@ class Passage:
         if not again:
             if wanted:
                 check(self._xen, guest, wanted)
-            guest = self._grants.allot(guest, guest.requests)
+            guest = await self._grants.allot(guest, guest.requests)
             records.check_fits(guest)
             guest = dataclasses.replace(guest, state=GuestState.MAPPING)
             if guest.reserve:

@@ -33,6 +33,7 @@ from xshmd.engine.inspection import Inspection
 from xshmd.engine.leases import Leases
 from xshmd.engine.ledger import Ledger
 from xshmd.engine.leftovers import remove_leftovers
+from xshmd.engine.lent import Lent
 from xshmd.engine.loop import AGAIN_S, Loop, Work
 from xshmd.engine.options import Options
 from xshmd.engine.orders import Orders
@@ -95,8 +96,9 @@ class Reconciler:
         )
         self._watches = Watches(xen=xen, ledger=ledger, holders=holders, doorbells=doorbells)
         self._gate = gate = Gate(xen, store, ledger, locks)
+        self._lent = lent = Lent(xen=xen, keeper=keeper, worker=self._worker, ledger=ledger)
         self._grants = grants = Grants(
-            xen=xen, worker=self._worker, ledger=ledger, holders=holders, hub=hub
+            xen=xen, worker=self._worker, ledger=ledger, holders=holders, lent=lent, hub=hub
         )
         self._passage = Passage(
             xen=xen, worker=self._worker, store=store, finder=finder, clock=clock,
@@ -114,7 +116,7 @@ class Reconciler:
         )
         self._access = Access(
             xen=xen, keeper=keeper, worker=self._worker, ledger=ledger, holders=holders,
-            windows=windows,
+            windows=windows, lent=lent,
         )  # fmt: skip
         self._ends = Ends(
             store=store, clock=clock, ledger=ledger, holders=holders, gate=gate, grants=grants,
@@ -136,6 +138,7 @@ class Reconciler:
         """Recover, then serve for ever."""
         for unreadable in await self._ledger.load():
             log.error("record unreadable", reason=unreadable.one_line())
+        await self._lent.recover()
         await recover(
             self._xen, self._worker, self._holders, self._ledger, self._gate, self._grants,
             self._windows, self._changes, self._clock,

@@ -42,7 +42,7 @@ from xshmd.model import (
     Transport,
 )
 from xshmd.policy import grants
-from xshmd.units import DomId, Gfn, address_of, bytes_of
+from xshmd.units import DOMID_0, DomId, Gfn, address_of, bytes_of
 
 ROOT: Final = "/xshmd"
 SCHEMA: Final = 1
@@ -360,7 +360,7 @@ def published(guest: Guest, there: Snapshot) -> tuple[tuple[str, str], ...]:
     """
     mark = (mark_path(guest.domid), guest.generation)
     terms = {region.region_id: region.terms for region in there.regions}
-    domids = {holder.uuid: int(holder.domid) for holder in there.holders}
+    domids = {"": int(DOMID_0)} | {one.uuid: int(one.domid) for one in there.holders}
     return (
         mark,
         saving.forbidden(guest.domid),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -52,6 +52,17 @@ class KeeperClient:
     def copy(self, name: str, source: str, first_frame: int, nr_frames: int) -> None:
         self._call("copy", name=name, source=source, first_frame=first_frame, nr_frames=nr_frames)
 
+    def lend(
+        self, name: str, source: str, domid: DomId, nr_frames: int, *, readonly: bool
+    ) -> Sequence[tuple[int, int]]:
+        found = self._call(
+            "lend", name=name, source=source, domid=domid, nr_frames=nr_frames, readonly=readonly
+        )
+        return [(int(first), int(count)) for first, count in found]
+
+    def park(self, name: str, source: str, nr_frames: int) -> None:
+        self._call("park", name=name, source=source, nr_frames=nr_frames)
+
     def read(self, name: str, offset_bytes: int, nr_bytes: int) -> bytes:
         found = self._call("read", name=name, offset_bytes=offset_bytes, nr_bytes=nr_bytes)
         return bytes(found)
@@ -70,8 +81,8 @@ class KeeperClient:
             except (OSError, ValueError, EOFError) as broken:
                 self.close()
                 raise Conflict(
-                    f"xshmd-keeper, without which nothing can be sealed, does not answer at"
-                    f" {self._path}: {broken}",
+                    "xshmd-keeper, without which nothing can be sealed, nor lent by dom0, does not"
+                    f" answer at {self._path}: {broken}",
                     hint="systemctl start xshmd-keeper",
                 ) from broken
         if "error" in reply:

@@ -15,7 +15,7 @@ from xshmd import errors
 from xshmd.errors import HypercallFailed, XshmError
 
 SOCKET: Final = Path("/run/xshmd-keeper/socket")
-CALLS: Final = frozenset({"kept", "keep", "copy", "read", "write", "drop"})
+CALLS: Final = frozenset({"kept", "keep", "copy", "lend", "park", "read", "write", "drop"})
 _BYTES: Final = "bytes"
 
 

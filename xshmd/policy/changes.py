@@ -32,7 +32,7 @@ from xshmd.model import (
 from xshmd.policy import quota_rules, refusals, rules
 from xshmd.policy.definitions import terms_by_id
 from xshmd.policy.entry_rules import overlapping
-from xshmd.policy.grants import granted_ids, guest_without, without
+from xshmd.policy.grants import granted_ids, guest_without, lent_ids, without
 from xshmd.policy.grouping import Homes, Link, assign_homes
 from xshmd.policy.holdings import Holdings
 from xshmd.policy.identity import is_holder_uuid
@@ -154,8 +154,10 @@ class _Planner:
         self._known, self._domains = tuple(known), tuple(domains)
         self._regions = {region.region_id: region for region in snapshot.regions}
         self._granted: frozenset[str] = frozenset()
-        self._terms: Mapping[str, RegionTerms] = {}
         """The regions that guests map themselves."""
+        self._lent: frozenset[str] = frozenset()
+        """Those of them that are dom0's own memory."""
+        self._terms: Mapping[str, RegionTerms] = {}
         self._members: dict[str, _Member] = {}
         self._broken: list[XshmError] = []
 
@@ -327,6 +329,7 @@ class _Planner:
         configs = (*self._known, *attaching)
         self._terms = terms_by_id(self._snapshot.regions, defined, configs)
         self._granted = granted_ids(self._snapshot.regions, defined, configs)
+        self._lent = lent_ids(self._snapshot.regions, defined, configs)
         arch = self._host.arch
         self._broken += rules.check_definitions(tuple(added.values()), others=others, arch=arch)
         for config in added.values():
@@ -387,6 +390,7 @@ class _Planner:
             self._host,
             gpaddr_bits=domain.info.gpaddr_bits,
             granted=self._granted,
+            lent=self._lent,
         )
         if member.detach:
             # Everything is mapped before anything is taken away.

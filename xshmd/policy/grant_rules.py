@@ -10,10 +10,18 @@ from collections.abc import Callable
 from typing import Final
 
 from xshmd.machine import Arch, HostInfo
-from xshmd.model import DOMAIN_0, Backing, GuestConfig, Isolation, Transport
+from xshmd.model import (
+    DOMAIN_0,
+    WHOLE_REGION,
+    Backing,
+    GuestConfig,
+    Isolation,
+    Transport,
+)
 from xshmd.policy.definitions import Definition, Said
-from xshmd.policy.findings import Findings, refused
+from xshmd.policy.findings import Findings, refused, region_at
 from xshmd.policy.host import security_module
+from xshmd.policy.region_rules import Case
 
 
 def grant_under_silo(config: GuestConfig, host: HostInfo) -> Findings:
@@ -30,7 +38,8 @@ def grant_under_silo(config: GuestConfig, host: HostInfo) -> Findings:
         config.requests[0].place,
         f"guest '{config.name}' is to map region '{config.requests[0].region_id}' from grants,"
         f" but this Xen runs with {how} and lets guests map grants of dom0 alone",
-        "boot Xen with xsm=dummy on its command line, or say transport=physmap",
+        "boot Xen with xsm=dummy on its command line, say transport=physmap, or for a region of one"
+        " guest and dom0 backing=dom0",
     )
 
 
@@ -44,6 +53,36 @@ def grant_backing(definition: Definition, said: Said, arch: Arch | None) -> Find
             f"region '{definition.region_id}' asks for transport=grant with backing=host, and"
             " memory of the host belongs to no domain that could grant it",
             "say transport=physmap, or leave the host address out",
+        )
+
+
+def lent_without_grant(definition: Definition, said: Said, arch: Arch | None) -> Findings:
+    """Whoever has dom0's frames mapped for it needs dom0 as its target, and then has all of dom0.
+
+    So a guest has them from grants of dom0's kernel, or not at all.
+    """
+    terms = definition.terms
+    if terms.is_lent and terms.transport is not Transport.GRANT:
+        yield refused(
+            "lent-without-grant",
+            definition.place,
+            f"region '{definition.region_id}' asks for backing=dom0, and a guest can have dom0's"
+            " own memory from grants alone",
+            "say transport=grant as well if its guest can map grants, or leave backing=dom0 out",
+        )
+
+
+def lent_whole(case: Case) -> Findings:
+    """dom0's kernel grants a page to one domain, so nobody else could have the rest."""
+    definition, request = case.counts, case.request
+    if definition is None or not definition.terms.is_lent:
+        return
+    if request.offset_frames or request.nr_frames not in (WHOLE_REGION, definition.nr_frames):
+        yield refused(
+            "lent-whole",
+            request.place,
+            f"{region_at(request)} is a part of dom0's own memory, which is lent as a whole",
+            "leave offset and size out",
         )
 
 
@@ -83,7 +122,10 @@ HOST_RULES: Final[tuple[Callable[[GuestConfig, HostInfo], Findings], ...]] = (gr
 """Those of a guest and a running Xen; the configuration has entries for such regions only."""
 DEFINITION_RULES: Final[tuple[Callable[[Definition, Said, Arch | None], Findings], ...]] = (
     grant_backing,
+    lent_without_grant,
     grant_sealed,
     region_without_grant,
 )
 """Those for each definition of a region."""
+REGION_RULES: Final[tuple[Callable[[Case], Findings], ...]] = (lent_whole,)
+"""Those for each entry among all others."""

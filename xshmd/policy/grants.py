@@ -46,6 +46,16 @@ def granted_ids(
     return frozenset(one for one, its in terms.items() if its.transport is Transport.GRANT)
 
 
+def lent_ids(
+    regions: Iterable[Region],
+    defined: Iterable[RegionConfig],
+    configs: Iterable[GuestConfig],
+) -> frozenset[str]:
+    """Return the ids of the regions that are dom0's own memory; arguments as above."""
+    terms = terms_by_id(regions, defined, configs)
+    return frozenset(one for one, its in terms.items() if its.is_lent)
+
+
 def without(granted: Collection[str], config: GuestConfig) -> GuestConfig:
     """Return a configuration with what is mapped for the guest alone."""
     kept = tuple(one for one in config.requests if one.region_id not in granted)

@@ -40,6 +40,8 @@ class Holdings:
     """The holder of each guest that has one, or the name of one to be made."""
     closed: frozenset[str] = frozenset()
     """The regions that open nothing but themselves: sealed ones, and those that guests map."""
+    lent: frozenset[str] = frozenset()
+    """The regions that are dom0's own memory."""
     places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
     """Where it was written what a region is, or that a guest has it."""
 
@@ -54,33 +56,34 @@ class Holdings:
         guests = [guest for guest in snapshot.guests if guest.state not in _UNMADE]
         return cls(
             regions={
-                region.region_id: 0 if region.terms.backing is Backing.HOST else region.nr_frames
+                region.region_id: _fresh(region.terms, region.nr_frames)
                 for region in snapshot.regions
             },
             guests={guest.name: _frames(guest.requests) for guest in guests},
             homes={guest.name: guest.holder_uuid for guest in guests if guest.holder_uuid},
             closed=_closed(terms),
+            lent=_lent(terms),
         )
 
     @classmethod
     def of_files(cls, said: Declarations) -> Holdings:
         """Return what there would be if all guests of some files ran."""
         regions = {
-            config.region_id: 0 if config.terms.backing is Backing.HOST else config.nr_frames
-            for config in said.regions
+            config.region_id: _fresh(config.terms, config.nr_frames) for config in said.regions
         }
         places = {config.region_id: config.place for config in said.regions}
         for guest in said.guests:
             for request in guest.requests:
                 places.setdefault(request.region_id, request.place)
                 if request.role is Role.OWNER:
-                    is_host = terms_of(request).backing is Backing.HOST
-                    regions[request.region_id] = 0 if is_host else request.nr_frames
+                    regions[request.region_id] = _fresh(terms_of(request), request.nr_frames)
+        terms = terms_by_id((), said.regions, said.guests)
         return cls(
             regions=regions,
             guests={guest.name: _frames(guest.requests) for guest in said.guests if guest.requests},
             homes={},
-            closed=_closed(terms_by_id((), said.regions, said.guests)),
+            closed=_closed(terms),
+            lent=_lent(terms),
             places=places | _places(said.guests),
         )
 
@@ -138,6 +141,15 @@ def _closed(terms: Mapping[str, RegionTerms]) -> frozenset[str]:
         for region_id, its in terms.items()
         if its.is_sealed or its.transport is Transport.GRANT
     )
+
+
+def _lent(terms: Mapping[str, RegionTerms]) -> frozenset[str]:
+    return frozenset(region_id for region_id, its in terms.items() if its.is_lent)
+
+
+def _fresh(terms: RegionTerms, nr_frames: int) -> int:
+    """Return how many frames of a region are had from Xen for it."""
+    return nr_frames if terms.backing is Backing.HOLDER else 0
 
 
 def _frames(requests: Iterable[RegionRequest]) -> dict[str, int]:

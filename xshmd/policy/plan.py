@@ -28,7 +28,7 @@ from xshmd.model import (
 )
 from xshmd.policy import quota_rules, rules
 from xshmd.policy.definitions import terms_by_id, terms_of
-from xshmd.policy.grants import granted_ids, guest_without, room_bytes, without
+from xshmd.policy.grants import granted_ids, guest_without, lent_ids, room_bytes, without
 from xshmd.policy.grouping import choose_holder, movable_regions
 from xshmd.policy.holdings import Holdings
 from xshmd.policy.placement import placed
@@ -55,7 +55,7 @@ class NewRegion:
     @property
     def nr_fresh_frames(self) -> int:
         """How many frames have to be had from Xen for it."""
-        return 0 if self.terms.backing is Backing.HOST else self.nr_frames
+        return self.nr_frames if self.terms.backing is Backing.HOLDER else 0
 
     @property
     def is_granted(self) -> bool:
@@ -65,7 +65,7 @@ class NewRegion:
     @property
     def nr_needed_frames(self) -> int:
         """How many frames it takes of the host, with what Xen needs to serve its grants."""
-        if not self.is_granted:
+        if not self.is_granted or self.terms.is_lent:
             return self.nr_fresh_frames
         return self.nr_frames + -(-room_bytes(self.nr_frames, self.nr_members) // PAGE_SIZE)
 
@@ -118,7 +118,10 @@ def plan_guest(
     config = placed(config, host.arch, sizes=sizes)
     said_elsewhere = rules.claims(snapshot.guests, others)
     granted = granted_ids(snapshot.regions, defined, (*others, config))
-    broken = list(rules.check_guest(config, host, gpaddr_bits=gpaddr_bits, granted=granted))
+    lent = lent_ids(snapshot.regions, defined, (*others, config))
+    broken = list(
+        rules.check_guest(config, host, gpaddr_bits=gpaddr_bits, granted=granted, lent=lent)
+    )
     broken += rules.check_requests(
         config, existing=by_id, others=said_elsewhere, regions=defined, arch=host.arch
     )

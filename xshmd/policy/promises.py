@@ -33,7 +33,7 @@ from xshmd.model import (
     Transport,
 )
 from xshmd.policy import rules
-from xshmd.policy.grants import granted_ids
+from xshmd.policy.grants import granted_ids, lent_ids
 from xshmd.units import Gfn
 
 MOST_PARTS: Final = 3
@@ -46,7 +46,7 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "prot": ("rw", "ro"),
     "prot_enforcement": ("required", "advisory"),
     "cache_policy": ("the machine's", "another machine's"),
-    "backing": ("holder", "host"),
+    "backing": ("holder", "host", "dom0"),
     "the guest's other region": ("none", "isolation=group", "isolation=sealed"),
     "the guest's type": ("pvh", "hvm", "pv"),
     "hap": ("1", "0"),
@@ -99,8 +99,8 @@ def refusals(parts: Combination, arch: Arch) -> tuple[XshmError, ...]:
         )
     config = _guest(chosen, regions)
     others = rules.claims((), (config,))
-    granted = granted_ids((), regions, (config,))
-    found = rules.check_guest(config, _host(chosen, arch), granted=granted)
+    granted, lent = (ids((), regions, (config,)) for ids in (granted_ids, lent_ids))
+    found = rules.check_guest(config, _host(chosen, arch), granted=granted, lent=lent)
     asked = rules.check_requests(config, existing={}, others=others, regions=regions, arch=arch)
     return (*found, *asked)
 

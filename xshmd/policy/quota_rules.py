@@ -16,7 +16,7 @@ from typing import Final
 from xshmd.errors import XshmError
 from xshmd.host_policy import Allowed, HostPolicy, Limit
 from xshmd.model import NOWHERE, Lease, Place
-from xshmd.policy.findings import Findings, out_of_memory, refused
+from xshmd.policy.findings import Findings, conflict, out_of_memory, refused
 from xshmd.policy.holdings import Holdings
 from xshmd.units import PAGE_SHIFT, bytes_of, human_size
 
@@ -59,6 +59,33 @@ def broken(growth: Growth) -> tuple[XshmError, ...]:
 
     Where it is not known what the administrator allows, nothing may grow.
     """
+    return (*lent_to_one(growth), *_broken(growth))
+
+
+def lent_to_one(growth: Growth) -> Findings:
+    """dom0's kernel grants each page to one domain, once (drivers/xen/gntalloc.c of Linux)."""
+    for guest in growth.growing:
+        for region_id in growth.new_of(guest):
+            others = [
+                name
+                for name, had in growth.after.guests.items()
+                if name != guest and region_id in had
+                # Else it is said already, the other way round.
+                if not (name < guest and region_id in growth.new_of(name))
+            ]
+            if region_id in growth.after.lent and others:
+                yield conflict(
+                    "lent-to-one",
+                    growth.after.place_of(region_id, guest),
+                    f"guests '{guest}' and '{others[0]}' would both have region '{region_id}',"
+                    " which is dom0's own memory: its kernel lends a page to one guest",
+                    "leave backing=dom0 out, or give each guest a region of its own",
+                    guest=guest,
+                    region=region_id,
+                )
+
+
+def _broken(growth: Growth) -> tuple[XshmError, ...]:
     policy = growth.policy
     if isinstance(policy, XshmError):
         return (policy,) if growth.new_regions or any(growth.growing) else ()

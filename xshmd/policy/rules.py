@@ -35,6 +35,7 @@ def check_guest(
     *,
     gpaddr_bits: int = 0,
     granted: Collection[str] = (),
+    lent: Collection[str] = (),
 ) -> tuple[XshmError, ...]:
     """Return every broken rule that concerns this guest alone, on this host.
 
@@ -43,13 +44,14 @@ def check_guest(
         host: The machine it is to run on.
         gpaddr_bits: The domain's width of addresses if it exists already.
         granted: The ids of the regions that guests map themselves.
+        lent: Those among them that are dom0's own memory.
     """
     if not config.requests:
         return ()
     # Holders are hardware-paged domains whatever they serve, and an older Xen is shown to do none
     # of it.
     found = [error for rule in guest_rules.HOST_RULES for error in rule(config, host)]
-    if (part := only(granted, config)).requests:
+    if (part := without(lent, only(granted, config))).requests:
         found += [error for rule in grant_rules.HOST_RULES for error in rule(part, host)]
     checked = check_config(config, host.arch, gpaddr_bits=gpaddr_bits, granted=granted)
     return (*found, *checked)
@@ -199,7 +201,7 @@ def remarks(
 
 
 def _check_case(case: Case, said: Said, arch: Arch | None) -> Iterator[XshmError]:
-    for rule in region_rules.REGION_RULES:
+    for rule in (*region_rules.REGION_RULES, *grant_rules.REGION_RULES):
         yield from rule(case)
     # A region that exists is as it is, and only what the entry itself says can be wrong with it.
     definitions = case.definitions if case.region is None else case.own

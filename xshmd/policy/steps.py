@@ -43,7 +43,7 @@ def _creates(plan: ChangePlan, regions: Mapping[str, Region]) -> Iterator[Step]:
             text=f"move the {size} of {region_id}, which nobody has, to {_holder(home)}",
         )
     for new, home in plan.creates:
-        where = _holder(home)
+        where = "dom0's own memory" if new.terms.is_lent else _holder(home)
         yield Step(
             verb="create",
             region=new.region_id,

@@ -41,6 +41,7 @@ from xshmd.model import (
     Transport,
 )
 from xshmd.units import (
+    DOMID_0,
     MAX_GUEST_ADDRESS_BITS,
     MAX_GUEST_FRAMES,
     PAGE_SHIFT,
@@ -131,7 +132,9 @@ def member_fields(guest: Guest, request: RegionRequest, snapshot: Snapshot) -> F
     """Return a guest's part in a region as the interface's ``Member``."""
     references = [
         {
-            "holderDomainId": holder_domid(grant.holder_uuid, snapshot),
+            "holderDomainId": holder_domid(grant.holder_uuid, snapshot)
+            if grant.holder_uuid
+            else DOMID_0,
             "first": grant.first_ref,
             "count": grant.nr_frames,
         }

@@ -134,6 +134,8 @@ def _why_not(region: Fields) -> str:
     terms: Fields = region.get("terms") or {}
     if terms.get("backing") == "host":
         return "it is memory of the host, which no domain has"
+    if terms.get("backing") == "dom0":
+        return "it is dom0's own memory, on other pages in each life of its guest"
     pieces = region.get("pieces") or (region,)
     if not region["ready"] or any(piece.get("holderDomainId") is None for piece in pieces):
         return "its memory is not there (any more)"

@@ -54,6 +54,11 @@ _HINTS: Final[dict[tuple[str, int], str]] = {
     # On x86 it is EINVAL whatever went wrong: libxenctrl leaves the errno of its own undoing.
     ("xc_domain_memory_mapping", errno.EINVAL): _POOL,
     ("xc_domain_memory_mapping", errno.ENOENT): _POOL,
+    # drivers/xen/gntalloc.c of Linux
+    ("IOCTL_GNTALLOC_ALLOC_GREF", errno.ENOSPC): (
+        "dom0's kernel lends no more: raise /sys/module/xen_gntalloc/parameters/limit"
+    ),
+    ("IOCTL_GNTALLOC_ALLOC_GREF", errno.ENOMEM): "dom0's own memory is too small",
     ("xc_domain_pause", errno.EOVERFLOW): "the domain has been paused 255 times and never unpaused",
 }
 

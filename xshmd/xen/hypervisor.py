@@ -36,6 +36,7 @@ from xshmd.xen.call_memory import CallMemory
 from xshmd.xen.errno_table import failure
 from xshmd.xen.grants import GrantCalls
 from xshmd.xen.host_ranges import find_host_ranges
+from xshmd.xen.lending import LendingCalls
 from xshmd.xen.pages import MappedPages
 from xshmd.xen.scatter_copy import Binding, copy_ranges
 
@@ -52,7 +53,7 @@ ADD_MAPPING: Final = 1
 REMOVE_MAPPING: Final = 0
 
 
-class XenHypervisor(GrantCalls):
+class XenHypervisor(GrantCalls, LendingCalls):
     """Xen, through its own libraries.  Opening it needs root in a control domain.
 
     Attributes:

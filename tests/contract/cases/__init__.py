@@ -16,6 +16,7 @@ __all__ = [
     "fresh_domains",
     "grants",
     "host_memory",
+    "lending",
     "mappings",
     "memory_maps",
     "pages",
