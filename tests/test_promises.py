@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from test_policy_rules_each import REGISTRIES
 
 from xshmd.machine import Arch
 from xshmd.policy import promises
@@ -42,6 +43,20 @@ def test_each_row_is_refused_and_each_part_of_it_matters(row: Row) -> None:
             assert row.rule not in refused_by(fewer, arch)
         for more in row.unless:
             assert row.rule not in refused_by((*row.parts, more), arch)
+
+
+@pytest.mark.parametrize("name", sorted({row.rule for row in ROWS}))
+def test_without_its_rule_a_row_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = 0
+    for module, registry in REGISTRIES:
+        there = getattr(module, registry)
+        left = tuple(rule for rule in there if rule.__name__.replace("_", "-") != name)
+        removed += len(there) - len(left)
+        monkeypatch.setattr(module, registry, left)
+    assert removed
+    for row in ROWS:
+        if row.rule == name:
+            assert all(name not in refused_by(row.parts, arch) for arch in row.arches)
 
 
 def test_no_combination_is_refused_for_what_the_table_does_not_say() -> None:
