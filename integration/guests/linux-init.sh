@@ -206,7 +206,7 @@ granted() {
 }
 
 # What dom0 writes into data/member is done, once for each number that it begins with: the word at an
-# address is read, or Xen is asked what a member's kernel could ask.
+# address is read or written, or Xen is asked what a member's kernel could ask.
 member() {
   [ -e /dev/xen/privcmd ] || insmod /xen-privcmd.ko unrestricted=1
   exec 3<>/dev/xen/xenbus
@@ -220,7 +220,11 @@ member() {
         set -- $answer
         number=$1
         shift
-        if [ "$1" = look ]; then said=$(devmem "$2" 64); else said=$(xshm-member "$@" 2>&1); fi
+        case $1 in
+          look) said=$(devmem "$2" 64) ;;
+          store) said=$(devmem "$2" 64 "$3" && echo 0) ;;
+          *) said=$(xshm-member "$@" 2>&1) ;;
+        esac
         say "member $number: $said" ;;
     esac
     pause

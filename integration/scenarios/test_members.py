@@ -14,9 +14,11 @@ import signal
 import pytest
 
 from integration.scenarios.guest import MIB, Entry, Guest, tag
-from integration.scenarios.host import Host, detach
+from integration.scenarios.host import Host, detach, remove
 
 ANCHOR_GFN = 0x40000
+NR_PAGES = 2 * 256 + 1
+"""What a holder has in these scenarios: two regions, and its anchor."""
 NR_EXTENTS = 8
 """Frames asked for one by one, at places in the holder."""
 _numbers = itertools.count(1)
@@ -37,6 +39,10 @@ class Member:
         """The word at an address of the guest."""
         return int(self._say("look", address), 0)
 
+    def store(self, address: int, word: int) -> None:
+        """Write the word at an address of the guest."""
+        assert self._say("store", address, word) == "0"
+
     def _say(self, *words: object) -> str:
         number = next(_numbers)
         node = f"/local/domain/{self._domid}/data/member"
@@ -46,15 +52,17 @@ class Member:
 
 
 def make_group(host: Host, more: str = "") -> tuple[Guest, Guest, Member, str, str]:
-    """A group of two regions: an owner has both, a Linux guest one of them."""
+    """A group of two regions: an owner has both, a Linux guest one of them, to read at the most."""
     own, other = host.unique("own"), host.unique("other")
+    advisory = ", ".join(("prot_enforcement=advisory", *filter(None, [more])))
     owner = host.guest(
-        "owner", Entry(own, host.at, more=more), Entry(other, host.at_elsewhere, more=more),
+        "owner", Entry(own, host.at, more=advisory), Entry(other, host.at_elsewhere, more=more),
         do="fill:1",
     )  # fmt: skip
     linux = host.guest(
-        "member", Entry(own, host.at, role="borrower"), do="member", linux=True, slot=1
-    )
+        "member", Entry(own, host.at, role="borrower", more="prot=ro"), do="member", linux=True,
+        slot=1,
+    )  # fmt: skip
     host.create(owner)
     host.wait_said(owner, "filled .*")
     host.create(linux)
@@ -79,8 +87,10 @@ def check_the_rest(host: Host, member: Member, holder: int) -> None:
         assert member.ask("increase", holder, gfn) == 0
     found = host.domain(holder)
     assert found is not None
+    assert found["uuid"] == host.regions()[0]["holderUuid"]
     assert found["paused"]
     assert found["max_pages"] == 0
+    assert found["tot_pages"] == NR_PAGES
     assert found["max_vcpu_id"] == 0
 
 
@@ -95,6 +105,10 @@ def test_an_open_group_is_one_of_trust(host: Host) -> None:
     assert member.look(at + 8) == tag(1, 7)
     assert member.ask("unmap", holder, at >> 12) == 0
     check_the_rest(host, member, holder)
+    # What it was given to read it maps again and writes.
+    assert member.ask("map", holder, host.region(own)["holderFirstFrame"] + 1, at >> 12) == 0
+    member.store(at + 16, 0x5EC2E7)
+    assert host.peek(own, 1, 16) == 0x5EC2E7
     since = host.mark
     assert member.ask("free", holder, gfn + 2) == 1
     assert member.ask("hide", holder, gfn + 3) == 0
@@ -104,6 +118,10 @@ def test_an_open_group_is_one_of_trust(host: Host) -> None:
     ((name, reason),) = host.refusals(since)
     assert name == late.name
     assert "refused to map" in reason
+    since = host.mark
+    host.apply(remove(own, force=True))
+    assert member.look(at + 16) == 0, "what a member keeps is wiped"
+    host.wait_log("holder suspect .*why='4 KiB of regions that were freed is still there", since)
     host.destroy(owner, linux)
     host.wait(lambda: not host.regions(), f"{own} and {other} are gone")
 
@@ -123,9 +141,6 @@ def test_a_sealed_group_is_not(host: Host) -> None:
             assert member.ask("hide", holder, gfn) == -errno.ENOENT
             assert host.ask("populated", holder, [gfn]) == []
     check_the_rest(host, member, holder)
-    found = host.domain(holder)
-    assert found is not None
-    assert found["tot_pages"] == 513
     # Its own region again, at another frame, through its own p2m: not even that.
     late = host.guest("late", Entry(other, host.at, role="borrower"), do="check", slot=2)
     host.create(late)
@@ -134,7 +149,7 @@ def test_a_sealed_group_is_not(host: Host) -> None:
     host.apply(detach(linux, own))
     found = host.domain(holder)
     assert found is not None
-    assert found["tot_pages"] == 513, "what was taken from it is free"
+    assert found["tot_pages"] == NR_PAGES, "what was taken from it is free"
     host.destroy(owner, linux, late)
 
 
