@@ -20,7 +20,15 @@ from trio.testing import MockClock
 from xshmd.changes import AddRegion, AttachRegion, DetachRegion
 from xshmd.errors import DomainGone, NoSuchGuest
 from xshmd.machine import Arch
-from xshmd.model import Isolation, Lifetime, RegionConfig, RegionRequest, RegionTerms
+from xshmd.model import (
+    Backing,
+    Isolation,
+    Lifetime,
+    RegionConfig,
+    RegionRequest,
+    RegionTerms,
+    Transport,
+)
 from xshmd.policy.identity import is_holder_uuid
 from xshmd.units import DomId, Gfn
 
@@ -32,6 +40,9 @@ NEVER: Final = frozenset({"set_max_pages", "populate", "paging_pool_bytes", "map
 keeps the domid from being given away."""
 
 SEALED: Final = {"isolation": Isolation.SEALED, "lifetime": Lifetime.MEMBERS}
+LENT: Final = {
+    "backing": Backing.DOM0, "transport": Transport.GRANT, "lifetime": Lifetime.MEMBERS,
+}  # fmt: skip
 Scenario = Callable[[World, Daemon, Callable[[], None]], Awaitable[None]]
 
 
@@ -140,12 +151,22 @@ async def creation_granted(host: World, daemon: Daemon, usurp: Callable[[], None
         await host.tools.create(host.config("a", granted.owned(host, "r", 3)))
 
 
+async def creation_lent(host: World, daemon: Daemon, usurp: Callable[[], None]) -> None:
+    usurp()
+    with contextlib.suppress(XlFailed, DomainGone, AssertionError):
+        await host.tools.create(host.config("a", on_terms(host, **LENT)))
+
+
 async def detach_sealed(host: World, daemon: Daemon, usurp: Callable[[], None]) -> None:
     await _detach(host, daemon, usurp, on_terms(host, **SEALED))
 
 
 async def detach_granted(host: World, daemon: Daemon, usurp: Callable[[], None]) -> None:
     await _detach(host, daemon, usurp, granted.owned(host, "r", 3))
+
+
+async def detach_lent(host: World, daemon: Daemon, usurp: Callable[[], None]) -> None:
+    await _detach(host, daemon, usurp, on_terms(host, **LENT))
 
 
 async def _detach(
@@ -185,8 +206,8 @@ async def attach(host: World, daemon: Daemon, usurp: Callable[[], None]) -> None
 
 
 SCENARIOS: Final[list[Scenario]] = [
-    creation, creation_with_doorbells, creation_sealed, creation_granted, refusal, detach,
-    detach_sealed, detach_granted, attach,
+    creation, creation_with_doorbells, creation_sealed, creation_granted, creation_lent, refusal,
+    detach, detach_sealed, detach_granted, detach_lent, attach,
 ]  # fmt: skip
 
 

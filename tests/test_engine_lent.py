@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 from fakes.grants import GrantedMap
+from fakes.objects import GrantEntry
 from fakes.toolstack import Made, XlFailed
 from fakes.world import Daemon, World, world
 from structlog.testing import capture_logs
@@ -25,6 +26,7 @@ from xshmd.model import (
     RegionTerms,
     Transport,
 )
+from xshmd.policy.grants import MAX_RANGES
 from xshmd.units import DomId
 
 FRAMES = 5
@@ -210,6 +212,26 @@ async def test_what_the_kernel_does_not_lend_is_refused_beforehand(
         await remove(there, daemon)
 
 
+async def test_references_that_cannot_be_told_are_not_given(autojump_clock: MockClock) -> None:
+    """Others have every second of the first: the ranges would be too many for a guest's node."""
+    async with world() as there:
+        daemon = await there.start()
+        await daemon.engine.apply([defined(MAX_RANGES + 1)])
+        taken = {ref: GrantEntry() for ref in range(8, 10 + 2 * MAX_RANGES, 2)}
+        there.xen.by_domid[DOM0].grants |= taken
+        request = dataclasses.replace(wanted(there), nr_frames=MAX_RANGES + 1)
+        with pytest.raises(XlFailed):
+            await there.tools.create(there.config("a", request))
+        assert daemon.engine.statistics()["refusals_scattered-references"] == 1
+        assert there.xen.by_domid[DOM0].grants == taken
+        taken.clear()
+        there.xen.by_domid[DOM0].grants.clear()
+        a = await there.tools.create(there.config("a", request))
+        assert there.grants_told(a.domid, "l") == [(0, 8, MAX_RANGES + 1)]
+        await there.tools.end(a)
+        await remove(there, daemon)
+
+
 async def test_one_guest_has_it(autojump_clock: MockClock) -> None:
     async with world() as there:
         daemon = await with_region(there)
@@ -260,6 +282,24 @@ async def test_without_a_keeper(autojump_clock: MockClock) -> None:
         b = await there.tools.create(there.config("a", wanted(there)))
         assert mapped(there, b).read(0, 5) == bytes(5)
         await there.tools.end(b)
+        await remove(there, daemon)
+
+
+async def test_what_was_lent_to_a_guest_that_nobody_knows_is_taken_back(
+    autojump_clock: MockClock,
+) -> None:
+    """As to one whose record went because it ran before it had its regions."""
+    async with world() as there:
+        daemon = await with_region(there)
+        stranger = await there.tools.create(there.config("b", file=False))
+        (region,) = daemon.engine.snapshot().regions
+        name = "lent.l.0123456789abcdef"
+        there.keeper.lend(name, region.kept, stranger.domid, FRAMES, readonly=False)
+        await daemon.engine._ledger.put_region(dataclasses.replace(region, kept=name))
+        there.keeper.drop(region.kept, wipe=True)
+        await there.tools.end(stranger)  # anything that has the daemon look
+        await there.until(lambda: not there.xen.by_domid[DOM0].grants)
+        assert await contents(daemon) == SECRET
         await remove(there, daemon)
 
 

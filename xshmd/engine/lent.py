@@ -96,6 +96,7 @@ class Lent:
                 f"dom0's free grant references are in too many pieces for region"
                 f" {region.region_id}: {len(ranges)}, and a guest is told of {MAX_RANGES}",
                 hint="make the region smaller, or end what else uses /dev/xen/gntalloc",
+                rule="scattered-references",
                 region=region.region_id,
             )
         await self._move(region, name)
