@@ -63,7 +63,7 @@ async def attach_and_detach(host: World, running: Lives) -> None:
 
 @pytest.mark.parametrize("scenario", [a_reboot, attach_and_detach], ids=lambda one: one.__name__)
 def test_every_cut(scenario: Scenario) -> None:
-    count, failed = sweep(scenario, step=_step(12, SWEEP_STEP))
+    count, failed = sweep(scenario, step=_step(5, SWEEP_STEP))
     assert failed == []
     assert count > 3
 

@@ -69,18 +69,18 @@ SCENARIOS: list[Scenario] = [join_detach_reboot, attach_to_two_that_run]
 @ARCHES
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_every_cut(scenario: Scenario, arch: Arch) -> None:
-    count, failed = sweep(scenario, arch=arch, step=14 * SWEEP_STEP)
+    count, failed = sweep(scenario, arch=arch, step=8 * SWEEP_STEP)
     assert failed == []
     assert count > 5
 
 
 def test_the_pauses_of_others_outlive_every_cut() -> None:
-    count, failed = sweep(a_paused_guest, step=150 * SWEEP_STEP)
+    count, failed = sweep(a_paused_guest, step=80 * SWEEP_STEP)
     assert failed == []
     assert count > 3
 
 
 def test_a_cut_in_the_recovery_from_a_cut() -> None:
-    count, failed = sweep_twice(join_detach_reboot, step=70 * SWEEP_STEP)
+    count, failed = sweep_twice(join_detach_reboot, step=40 * SWEEP_STEP)
     assert failed == []
     assert count > 3
