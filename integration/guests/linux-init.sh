@@ -12,6 +12,7 @@ $bb mount -t devtmpfs dev /dev
 $bb --install -s /bin
 export PATH=/bin
 echo 1 > /proc/sys/kernel/printk    # the console is for us now
+echo "$bb poweroff -f" > /proc/sys/kernel/poweroff_cmd    # what `xl shutdown` has the kernel do
 
 name=linux shm='' do=shell role='' slot=0 peer=peer peer_slot='' seed=1 ticks=10
 for word in $(cat /proc/cmdline); do

@@ -133,9 +133,13 @@ class Host:
     def guest(self, base: str, *entries: Entry | str, etc: bool = False, **more: Any) -> Guest:
         """A guest whose configuration is written to a file; `etc` puts it where xshmd looks."""
         guest = Guest(name=self.unique(base), arch=self.arch, entries=entries, **more)
+        self.write(guest, etc=etc)
+        return guest
+
+    def write(self, guest: Guest, *, etc: bool = False) -> None:
+        """Write a guest's configuration, until the scenario has ended."""
         self.dom0.put(self.config_path(guest, etc=etc), guest.config())
         self._wrote = True
-        return guest
 
     def config_path(self, guest: Guest, *, etc: bool = False) -> str:
         return f"{ETC if etc else CONFIGS}/{guest.name}.cfg"

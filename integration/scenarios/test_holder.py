@@ -89,28 +89,40 @@ def test_guest_reads_nothing_of_the_holder(
 
 
 def test_shutdown_of_everything_finishes(host: Host) -> None:
-    """`xl shutdown -a`, as xendomains does it, neither fails nor waits because of a holder; and
-    guests that do not shut down keep their memory."""
+    """`xl shutdown -a -w` neither fails nor waits because of a holder: it ends when the guests
+    have, and then region and holder go.  Until then they have their memory."""
     guest = host.guest("linux", Entry(host.unique("demo"), host.at), do="stay", linux=True)
     region = guest.entries[0]
     assert isinstance(region, Entry)
     host.create(guest)
     host.wait_said(guest, "hello .*")
-    before = host.region(region.region)
-    done = host.xl("shutdown", "-a")
-    assert "failed" not in done.stderr.decode()
-    host.wait(
-        lambda: (
-            host.dom0.run(
-                ["xenstore-read", f"/local/domain/{before['holderDomainId']}/control/shutdown"]
-            ).text
-            == ""
-        ),
-        "the request is acknowledged",
-    )
-    if host.domid(guest) is not None and host.guests():
-        assert host.region(region.region)["holderUuid"] == before["holderUuid"]
-        host.xl("destroy", guest.name, check=False)
+    holder = host.region(region.region)["holderDomainId"]
+    done = host.xl("shutdown", "-a", "-w")
+    said = done.text + done.stderr.decode()
+    assert "failed" not in said
+    # Of the holder too it was told that it shut down: that is what it would have waited for.
+    assert f"Domain {holder} has been shut down" in said
+    assert said.count(" has been shut down") == 2
+    host.wait(lambda: host.domid(guest) is None, "the guest is destroyed")
+    host.wait(lambda: not host.regions(), "the region is freed")
+
+
+def test_a_holder_that_was_asked_to_shut_down_goes_on(host: Host) -> None:
+    """It acknowledges, and holds as before: guests that do not shut down keep their memory, and
+    others can join them."""
+    region = host.unique("demo")
+    beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
+    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
+    host.create(beater)
+    before = host.region(region)
+    holder = str(before["holderDomainId"])
+    host.xl("shutdown", holder)
+    request = ["xenstore-read", f"/local/domain/{holder}/control/shutdown"]
+    host.wait(lambda: host.dom0.run(request).text == "", "the request is acknowledged")
+    host.create(watcher)
+    host.wait_beats(watcher, 0)
+    assert host.region(region)["holderUuid"] == before["holderUuid"]
+    host.destroy(watcher, beater)
 
 
 def test_holder_destroyed_by_an_admin(host: Host) -> None:
