@@ -23,8 +23,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent.parent / "xshmd/resources/guest"
 """The code that xshmd offers to guests; here it is used and tried."""
-HELPERS = {"xshm-guest": PEER / "xshm-guest.c", "xshm-member": HERE / "member.c"}
-"""Programs for the Linux guest."""
+HELPERS = {
+    "xshm-guest": (PEER / "xshm-guest.c",),
+    "xshm-member": (HERE / "member.c",),
+    "xshm-disk": (HERE / "linux_disk.c", HERE / "disk.c"),
+}
+"""Programs for the Linux guest, and what they are made of."""
 HELPER_CFLAGS = "-std=gnu11 -O2 -g0 -Wall -Wextra -Werror -static -s -Wl,--build-id=none"
 
 CFLAGS = """
@@ -88,9 +92,9 @@ def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] 
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def build_helper(arch: str, source: Path, out: Path) -> None:
+def build_helper(arch: str, sources: tuple[Path, ...], out: Path) -> None:
     """Compile a program for the Linux guest."""
-    run(tool(arch, "gcc"), *HELPER_CFLAGS.split(), "-o", out, source)
+    run(tool(arch, "gcc"), *HELPER_CFLAGS.split(), "-o", out, *sources)
 
 
 def build_linux(busybox: Path, helpers: list[Path], modules: list[Path], out: Path) -> None:

@@ -125,6 +125,10 @@ pong() {
   say "pong rounds=$ticks last=$next"
 }
 
+disk() {
+  xshm-disk "$at" "$size" "$ticks" "$seed" 2>&1 | while read -r line; do say "$line"; done
+}
+
 # How a guest that was told nothing finds its region: each way says what it found, and uses it.
 found() {
   shm=$(printf '0x%x,0x%x' "$(($2))" "$(($3))")
@@ -271,7 +275,7 @@ verb() {
   [ "$shm" ] || { say "error: no region for: $1"; return; }
   case $1 in
     boots) count_boot ;;
-    fill|check|ping|pong) "$1" ;;
+    fill|check|ping|pong|disk) "$1" ;;
     await-fill) await_fill ;;
     peek) say "peek addr=$at word=$(devmem "$at" 64)" ;;
     reboot-once) get "$boots"; [ "$value" != 1 ] || leave reboot ;;

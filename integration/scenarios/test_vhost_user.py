@@ -116,6 +116,25 @@ def test_a_guest_without_drivers_has_a_disk(host: Host) -> None:
         offered.stop()
 
 
+def test_a_program_of_a_linux_guest_has_a_disk(host: Host) -> None:
+    """Its kernel has no part in it; the queue is the same."""
+    region = host.unique("linux-queue")
+    entry = Entry(region, host.at)
+    guest = host.guest("linux-disk", entry, do="disk", ticks=SECTORS, linux=True)
+    with disk(host):
+        offered = Offered(
+            host, "connect", SOCKET, f"--guest={guest.name}", "--addresses=guest",
+            queue_at(host.at),
+        )  # fmt: skip
+        host.create(guest)
+        host.wait_said(guest, f"disk sectors={SECTORS} bad=0")
+        written = host.dom0.get(DISK)
+        assert written == b"".join(sector(number, 7) for number in range(SECTORS))
+        host.destroy(guest)
+        offered.wait("withdrawn")
+        offered.stop()
+
+
 @pytest.mark.alike
 def test_a_region_is_offered_while_it_is_there(host: Host) -> None:
     """A region of its own, at its holder's addresses; what cannot be offered is said."""
