@@ -370,7 +370,7 @@ class Changes:
         by_holder: dict[str, list[str]] = {}
         for region_id in dict.fromkeys(_ids(taken)):
             region = self._ledger.region(region_id)
-            if region is not None and region.kept:
+            if region is not None and region.terms.is_sealed and region.kept:
                 by_holder.setdefault(region.holder_uuid, []).append(region_id)
         for holder_uuid, region_ids in by_holder.items():
             try:
