@@ -153,10 +153,20 @@ def _x86_64(shape: Shape, accel: str) -> list[str]:
 def _arm64(shape: Shape, accel: str) -> list[str]:
     own = ["console=dtuart", "dtuart=/pl011@9000000", "bootscrub=0"]
     if accel == "tcg":
-        # With credit2, the default, dom0's vCPU now and then stays runnable (pause_flags=0, an
-        # upcall pending: debug key q) beside an idle processor while guests ring each other by
-        # dom0, until any interrupt of that processor, such as a character for Xen's console. Never
-        # seen with credit, whose tick would hide a wake-up that is lost, nor on x86.
+        # credit2, the default, can leave a vCPU runnable beside idle processors until its own one
+        # happens to schedule again (xen/common/sched/credit2.c, 4.14 to 4.22). It takes that
+        # - the vCPU ran so far past its slice that its credit is near CSCHED2_CREDIT_MIN, where
+        #   t2c_update() stops, as it may where a busy host emulates and timers are late;
+        # - its processor is busy when it is woken, so that runq_tickle() picks the other one, and
+        #   then idle before that one has scheduled: runq_candidate() leaves it to tickled_cpu;
+        # - that one refuses it (runq_candidate() again) for not having CSCHED2_MIGRATE_RESIST
+        #   (0.5 ms) more credit than what runs there, which is idle: 1 ns below the minimum.
+        # Those functions, taken out of Xen 4.20 and called in this order, end so; with
+        # sched_credit2_migrate_resist=0, which no machine was tried with, they do not. It fits what
+        # machines did whose guests ring each other by dom0: they stood still, dom0's vCPU with
+        # pause_flags=0 and an upcall pending (debug key q), until a character came to Xen's
+        # console. Its credit was not looked at. Never seen with credit, nor on x86, where each
+        # vCPU has but one processor.
         own.append("sched=credit")
     xen = _xen_args(shape, *own)
     linux = _linux_args(shape)
