@@ -110,19 +110,20 @@ def test_what_is_too_much_is_not_made(host: Host) -> None:
 @pytest.mark.alike
 def test_guests_that_run_get_no_more_either(host: Host) -> None:
     """Attaching is refused by the same words, and what is there stays; so is a lease."""
-    one, two = host.unique("one"), host.unique("two")
-    guest = host.guest("guest", Entry(one, host.at))
-    other = host.guest("other", Entry(two, host.at))
-    host.create(guest)
-    host.create(other)
+    region = host.unique("demo")
+    member = host.guest("member", Entry(region, host.at))
+    late = host.guest("late", do="stay")
+    host.create_all(member, late)
+    domid = host.domid(late)
+    assert domid is not None
     since = host.mark
-    with host.policy(f'[limits]\nleases = 0\n[allow.x]\nguests = ["{guest.name}"]\n{ALL}\n'):
-        said = host.refused(attach(guest, two, host.at_elsewhere, MIB))
-        assert f"guests '{guest.name}' and '{other.name}' are not allowed to share" in said
+    with host.policy(f'[limits]\nleases = 0\n[allow.x]\nguests = ["{late.name}"]\n{ALL}\n'):
+        said = host.refused(attach(domid, region, host.at, MIB))
+        assert f"guests '{late.name}' and '{member.name}' are not allowed to share" in said
         host.wait_log(r"client asked .*outcome='refused: .*rule=.*'not-allowed-together'", since)
-        leasing = f"from xshmd import client; client.connect().region('{one}').map().__enter__()"
+        leasing = f"from xshmd import client; client.connect().region('{region}').map().__enter__()"
         done = host.dom0.run(["python3", "-c", leasing], check=False)
         assert "would have 1 leases, and at most 0 are allowed" in done.stderr.decode()
         host.wait_log(r"client asked .*outcome='refused: .*rule=.*'too-many-leases'", since)
-    assert len(host.regions()) == 2
-    host.destroy(guest, other)
+    assert [found["guest"] for found in host.region(region)["members"]] == [member.name]
+    host.destroy(member, late)
