@@ -120,10 +120,10 @@ def test_guests_that_run_get_no_more_either(host: Host) -> None:
     with host.policy(f'[limits]\nleases = 0\n[allow.x]\nguests = ["{late.name}"]\n{ALL}\n'):
         said = host.refused(attach(domid, region, host.at, MIB))
         assert f"guests '{late.name}' and '{member.name}' are not allowed to share" in said
-        host.wait_log(r"client asked .*outcome='refused: .*rule=.*'not-allowed-together'", since)
+        host.wait_log(r"client asked .*outcome=.refused: .*rule=.*'not-allowed-together'", since)
         leasing = f"from xshmd import client; client.connect().region('{region}').map().__enter__()"
         done = host.dom0.run(["python3", "-c", leasing], check=False)
         assert "would have 1 leases, and at most 0 are allowed" in done.stderr.decode()
-        host.wait_log(r"client asked .*outcome='refused: .*rule=.*'too-many-leases'", since)
+        host.wait_log(r"client asked .*outcome=.refused: .*rule=.*'too-many-leases'", since)
     assert [found["guest"] for found in host.region(region)["members"]] == [member.name]
     host.destroy(member, late)
