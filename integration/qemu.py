@@ -161,12 +161,12 @@ def _arm64(shape: Shape, accel: str) -> list[str]:
         #   then idle before that one has scheduled: runq_candidate() leaves it to tickled_cpu;
         # - that one refuses it (runq_candidate() again) for not having CSCHED2_MIGRATE_RESIST
         #   (0.5 ms) more credit than what runs there, which is idle: 1 ns below the minimum.
-        # Those functions, taken out of Xen 4.20 and called in this order, end so; with
-        # sched_credit2_migrate_resist=0, which no machine was tried with, they do not. It fits what
-        # machines did whose guests ring each other by dom0: they stood still, dom0's vCPU with
-        # pause_flags=0 and an upcall pending (debug key q), until a character came to Xen's
-        # console. Its credit was not looked at. Never seen with credit, nor on x86, where each
-        # vCPU has but one processor.
+        # Those functions, taken out of Xen 4.20 and called in this order, end so, and the machine
+        # did, each of six times that a daemon was killed while two guests rang each other by dom0:
+        # QEMU idle, dom0's vCPU with pause_flags=0 and an upcall pending (debug key q), until a
+        # character came to Xen's console. With sched_credit2_migrate_resist=0 it went through
+        # three times of three. Its credit was not looked at. Never seen with credit, nor on x86,
+        # where each vCPU has but one processor.
         own.append("sched=credit")
     xen = _xen_args(shape, *own)
     linux = _linux_args(shape)
