@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from statistics import median
 
-import trio
+from determinism import run
 from fakes.world import world
 from scale import Cost, Crowd
-from trio.testing import MockClock
 
 from xshmd.machine import Arch
 
@@ -16,7 +15,8 @@ FEW, MANY = 8, 24
 
 
 def _costs(group: int) -> tuple[list[Cost], list[Cost]]:
-    """Return what each guest cost, and a restart after few and after many."""
+    """Return what each guest cost, and a restart after few and after many: by a seed, for how often
+    a guest is looked at before it has settled is the scheduler's to say."""
     joins: list[Cost] = []
     restarts: list[Cost] = []
 
@@ -28,7 +28,7 @@ def _costs(group: int) -> tuple[list[Cost], list[Cost]]:
                 if number in (FEW, MANY):
                     restarts.append(await crowd.restart())
 
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    run(main)
     return joins, restarts
 
 
@@ -36,9 +36,10 @@ def test_the_last_guest_costs_no_more_than_the_first() -> None:
     """Each with a region, and so a holder, of its own."""
     joins, restarts = _costs(1)
     _no_dearer(joins[FEW:], joins[:FEW])
-    # Its own code looks at every guest a few times; at every pair it would be 300 for each more.
+    # Its own code looks at every guest a few times: 115 to 121 steps, as the tasks take turns; at
+    # every pair it would be 300 for each more.
     a_guest_more = (joins[MANY - 1].steps - joins[FEW].steps) / (MANY - 1 - FEW)
-    assert a_guest_more < 120
+    assert a_guest_more < 150
     few, many = restarts
     assert many.messages <= few.messages * MANY / FEW
     assert many.calls <= few.calls * MANY / FEW
