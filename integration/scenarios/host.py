@@ -136,6 +136,13 @@ class Host:
         self.write(guest, etc=etc)
         return guest
 
+    def beater_and_watcher(self, do: str = "fill,beat") -> tuple[str, Guest, Guest]:
+        """A region, a guest whose heart beats in it, and one that watches; not made yet."""
+        region = self.unique("demo")
+        beater = self.guest("beater", Entry(region, self.at), do=do)
+        lent = Entry(region, self.at, role="borrower")
+        return region, beater, self.guest("watcher", lent, do="watch", slot=1)
+
     def write(self, guest: Guest, *, etc: bool = False) -> None:
         """Write a guest's configuration, until the scenario has ended."""
         self.dom0.put(self.config_path(guest, etc=etc), guest.config())

@@ -110,9 +110,7 @@ def test_shutdown_of_everything_finishes(host: Host) -> None:
 def test_a_holder_that_was_asked_to_shut_down_goes_on(host: Host) -> None:
     """It acknowledges, and holds as before: guests that do not shut down keep their memory, and
     others can join them."""
-    region = host.unique("demo")
-    beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
-    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
+    region, beater, watcher = host.beater_and_watcher()
     host.create(beater)
     before = host.region(region)
     holder = str(before["holderDomainId"])
@@ -128,11 +126,8 @@ def test_a_holder_that_was_asked_to_shut_down_goes_on(host: Host) -> None:
 def test_holder_destroyed_by_an_admin(host: Host) -> None:
     """`xl destroy` of a holder is survived: running guests keep their memory, which comes back when
     they end, and the next guests get a new region."""
-    region = host.unique("demo")
-    beater = host.guest("beater", Entry(region, host.at), do="beat")
-    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
-    host.create(beater)
-    host.create(watcher)
+    region, beater, watcher = host.beater_and_watcher("beat")
+    host.create_all(beater, watcher)
     host.wait_beats(watcher, 0)
     since = host.mark
     host.xl("destroy", str(host.region(region)["holderDomainId"]))

@@ -163,11 +163,8 @@ def test_restart_while_guests_run(host_with_service: Installed, how: str) -> Non
     """`systemctl restart`, and a kill -9 that systemd answers by itself: guests go on, regions are
     the same, a third guest can join."""
     host = host_with_service
-    region = host.unique("demo")
-    beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
-    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
-    host.create(beater)
-    host.create(watcher)
+    region, beater, watcher = host.beater_and_watcher()
+    host.create_all(beater, watcher)
     host.wait_beats(watcher, 0)
     before, pid = host.regions(), host.show("MainPID")["MainPID"]
     if how == "restart":
@@ -229,11 +226,8 @@ def test_restart_and_reload_under_load(host_with_service: Installed) -> None:
     """While clients ask without a pause the service is reloaded and restarted: nobody finds nobody
     there, as systemd keeps the socket, and the guests go on."""
     host = host_with_service
-    region = host.unique("demo")
-    beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
-    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
-    host.create(beater)
-    host.create(watcher)
+    _, beater, watcher = host.beater_and_watcher()
+    host.create_all(beater, watcher)
     host.wait_beats(watcher, 0)
     before = host.regions()
     host.dom0.run("rm -f /run/busy.*; touch /run/busy")
@@ -257,11 +251,8 @@ def test_restart_and_reload_under_load(host_with_service: Installed) -> None:
 def test_watchdog_ends_a_daemon_that_hangs(host_with_service: Installed) -> None:
     """systemd kills one that does not come round, and starts the next; the guest goes on."""
     host = host_with_service
-    region = host.unique("demo")
-    beater = host.guest("beater", Entry(region, host.at), do="beat")
-    watcher = host.guest("watcher", Entry(region, host.at, role="borrower"), do="watch", slot=1)
-    host.create(beater)
-    host.create(watcher)
+    region, beater, watcher = host.beater_and_watcher("beat")
+    host.create_all(beater, watcher)
     drop_in = "/run/systemd/system/xshmd.service.d/quick.conf"
     host.dom0.put(drop_in, "[Service]\nWatchdogSec=4\nTimeoutAbortSec=1\n")
     try:
