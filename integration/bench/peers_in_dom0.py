@@ -30,34 +30,10 @@ from xshmd.varlink.client import Client
 from xshmd.xen.hypervisor import XenHypervisor
 
 if TYPE_CHECKING:
-    from integration.bench.in_dom0 import (
-        ARCH,
-        HERE,
-        MIB,
-        SMALL_AT,
-        Daemon,
-        Series,
-        console_of_xl_quiet,
-        entry,
-        note,
-        turned,
-        wait,
-    )
+    from integration.bench import in_dom0 as bench
 else:  # beside this file, in dom0
     sys.path.insert(0, str(Path(__file__).parent))
-    from in_dom0 import (
-        ARCH,
-        HERE,
-        MIB,
-        SMALL_AT,
-        Daemon,
-        Series,
-        console_of_xl_quiet,
-        entry,
-        note,
-        turned,
-        wait,
-    )
+    import in_dom0 as bench
 
 WINDOW_S: Final = 1.5
 """How long rounds or bytes are counted for a figure."""
@@ -76,7 +52,7 @@ LINE: Final = re.compile(r"vchan bytes=(\d+) messages=(\d+) us=(\d+)")
 def create(xen: XenHypervisor, name: str, extra: str, *lines: str) -> DomId:
     """Create a guest; its domid."""
     text = [f'name = "{name}"', 'type = "pvh"', "vcpus = 1", f'extra = "name={name} {extra}"']
-    if ARCH == "x86_64":
+    if bench.ARCH == "x86_64":
         text += ['tsc_mode = "native"', 'cpus = "1"']
     path = Path(f"/etc/xen/{name}.cfg")
     path.write_text("\n".join((*text, *lines, "")))
@@ -115,16 +91,16 @@ class Peers(Pair):
         self, xen: XenHypervisor, region: str, verbs: tuple[str, str], word_at: int, more: str = ""
     ) -> None:
         baremetal = ('kernel = "/rig/guests/baremetal"', "memory = 8")
-        at, domids = SMALL_AT[ARCH], []
+        at, domids = bench.SMALL_AT[bench.ARCH], []
         for slot, verb in enumerate(verbs):
             role = "borrower" if slot else f"owner, doorbells=2{more}"
             domids.append(
                 create(
                     xen,
                     f"{region}{slot}",
-                    f"shm={at:#x},{MIB:#x} do={verb} slot={slot} ticks={FOR_EVER}",
+                    f"shm={at:#x},{bench.MIB:#x} do={verb} slot={slot} ticks={FOR_EVER}",
                     *baremetal,
-                    f'static_shm = [ "{entry(region, role)}" ]',
+                    f'static_shm = [ "{bench.entry(region, role)}" ]',
                 )
             )
         with Client() as client:
@@ -146,7 +122,7 @@ class Peers(Pair):
     def moves(self) -> None:
         """Wait until the guests are at it."""
         before = self.count()
-        wait(lambda: self.count() != before, "the guests go on")
+        bench.wait(lambda: self.count() != before, "the guests go on")
 
     def seconds_each(self) -> float:
         """How long one step of the word takes."""
@@ -172,7 +148,7 @@ def bare_relay(pair: Peers) -> Iterator[None]:
     one, other = pair.domids
     ends = [str(number) for number in (one, pair.ports[0][1], other, pair.ports[1][0])]
     with subprocess.Popen(
-        [HERE / "bell_loop", "relay", *ends], stdout=subprocess.PIPE, text=True
+        [bench.HERE / "bell_loop", "relay", *ends], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -210,8 +186,8 @@ def ramdisk() -> str:
     tree = Path("/tmp/vchan")
     shutil.rmtree(tree, ignore_errors=True)
     (tree / "bin").mkdir(parents=True)
-    shutil.copy(HERE / "vchan_loop", tree / "bin/vchan_loop")
-    shutil.copy(HERE / "vchan-init.sh", tree / "init")
+    shutil.copy(bench.HERE / "vchan_loop", tree / "bin/vchan_loop")
+    shutil.copy(bench.HERE / "vchan-init.sh", tree / "init")
     drivers = Path("/usr/lib/modules") / os.uname().release / "kernel/drivers/xen"
     for name in MODULES:
         (tree / f"{name}.ko").write_bytes(lzma.decompress((drivers / f"{name}.ko.xz").read_bytes()))
@@ -234,7 +210,7 @@ class Vchan(Pair):
         receiver = create(xen, "vreceive", f"{words[0]} peer={last + 2}", *lines)
         sender = create(xen, "vsend", f"{words[1]} peer={receiver}", *lines)
         assert (receiver, sender) == (last + 1, last + 2)
-        wait(lambda: len(self._said()) >= len(SIZES), "the Linux guests send messages")
+        bench.wait(lambda: len(self._said()) >= len(SIZES), "the Linux guests send messages")
         super().__init__(xen, [receiver, sender])
 
     def _said(self) -> list[tuple[int, int, int]]:
@@ -246,7 +222,7 @@ class Vchan(Pair):
         before = len(self._said())
         with self.running():
             # The first has the pause in it.
-            wait(lambda: len(self._said()) > before + len(SIZES), "messages of all sizes")
+            bench.wait(lambda: len(self._said()) > before + len(SIZES), "messages of all sizes")
         found = self._said()[-len(SIZES) :]
         return {f"vchan {size}": us / 1e6 / messages for size, messages, us in found}
 
@@ -256,10 +232,10 @@ class Vchan(Pair):
 
 def measure(pairs: int) -> dict[str, Any]:
     """Look at everybody in turn, again and again."""
-    series = Series()
+    series = bench.Series()
     ping = ("bell-ping", "bell-pong")
     with XenHypervisor() as xen:
-        daemon = Daemon()
+        daemon = bench.Daemon()
         relayed = Peers(xen, "relayed", ping, PING_AT, ", doorbell_route=relayed")
         direct = Peers(xen, "direct", ping, PING_AT)
         rings = {}
@@ -269,7 +245,7 @@ def measure(pairs: int) -> dict[str, Any]:
         vchan = Vchan(xen)
         for turn in range(pairs + 1):  # the first is to warm up
             figures: dict[str, float] = {}
-            for kind in turned(("ours", "direct", "bare"), turn):
+            for kind in bench.turned(("ours", "direct", "bare"), turn):
                 if kind == "ours":
                     figures[kind] = by_xshmd(relayed)
                 elif kind == "direct":
@@ -278,8 +254,8 @@ def measure(pairs: int) -> dict[str, Any]:
                     daemon.stop()
                     with bare_relay(relayed):
                         figures[kind] = relayed.seconds_each()
-                    daemon = Daemon()
-            for kind in turned(("rings", "vchan"), turn):
+                    daemon = bench.Daemon()
+            for kind in bench.turned(("rings", "vchan"), turn):
                 if kind == "vchan":
                     figures |= vchan.seconds_each()
                     continue
@@ -288,10 +264,10 @@ def measure(pairs: int) -> dict[str, Any]:
             if turn:
                 series.add(figures)
             said = " ".join(f"{name}={figure * 1e6:.1f}us" for name, figure in figures.items())
-            note(f"peers {turn}/{pairs}: {said}")
+            bench.note(f"peers {turn}/{pairs}: {said}")
         for pair in (relayed, direct, *rings.values(), vchan):
             pair.destroy()
-        wait(lambda: len(xen.domains()) == 1, "all guests are gone")
+        bench.wait(lambda: len(xen.domains()) == 1, "all guests are gone")
         daemon.stop()
     for path in Path("/etc/xen").glob("*.cfg"):
         path.unlink()
@@ -299,6 +275,6 @@ def measure(pairs: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with console_of_xl_quiet():
+    with bench.console_of_xl_quiet():
         done = measure(int(sys.argv[1]))
     print(json.dumps(done))
