@@ -81,6 +81,7 @@ class Machine:
         dom0_memory_mib: int = 1024,
         memory_mib: int = 3072,
         smp: int = 2,
+        dom0_vcpus: int = 1,
         boot_limit_s: float = 300,
     ) -> None:
         """Say what to boot; nothing happens before the machine is entered.
@@ -95,7 +96,8 @@ class Machine:
             linux_args: added to dom0's kernel command line.
             dom0_memory_mib: dom0's share of the memory.
             memory_mib: the machine's memory.
-            smp: its CPUs; CPU 0 is dom0's.
+            smp: its CPUs; the first are dom0's.
+            dom0_vcpus: how many those are.
             boot_limit_s: how long dom0's agent may take to answer.
         """
         self.arch = arch
@@ -107,6 +109,7 @@ class Machine:
             memory_mib=memory_mib,
             dom0_memory_mib=dom0_memory_mib,
             smp=smp,
+            dom0_vcpus=dom0_vcpus,
             init=init,
             xenstored=xenstored,
             xen_args=xen_args,

@@ -37,7 +37,8 @@ class Shape:
     Attributes:
         memory_mib: the whole machine's.
         dom0_memory_mib: dom0's share; guests and regions have the rest.
-        smp: host CPUs. Dom0 has CPU 0 to itself.
+        smp: host CPUs. Dom0 has the first of them to itself.
+        dom0_vcpus: how many those are.
         init: "rig" (ready in seconds) or "systemd" (as on a real machine).
         xenstored: with init="rig" the store to start, "xenstored" (in C) or "oxenstored"; systemd
             starts Debian's choice, which is oxenstored.
@@ -48,6 +49,7 @@ class Shape:
     memory_mib: int = 3072
     dom0_memory_mib: int = 1024
     smp: int = 2
+    dom0_vcpus: int = 1
     init: str = "rig"
     xenstored: str = "xenstored"
     xen_args: tuple[str, ...] = ()
@@ -113,7 +115,8 @@ def command(arch: Arch, shape: Shape, *, channel_fd: int, kernel_bytes: int) -> 
 def _xen_args(shape: Shape, *own: str) -> str:
     """Xen's command line. All log levels: what guests say to the emulated port 0xE9 goes there."""
     memory = f"dom0_mem={shape.dom0_memory_mib}M,max:{shape.dom0_memory_mib}M"
-    words = (memory, "dom0_max_vcpus=1", "loglvl=all", "guest_loglvl=all", "conring_size=1M")
+    vcpus = f"dom0_max_vcpus={shape.dom0_vcpus}"
+    words = (memory, vcpus, "loglvl=all", "guest_loglvl=all", "conring_size=1M")
     return " ".join((*own, *words, *shape.xen_args))
 
 

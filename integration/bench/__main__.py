@@ -309,6 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=tuple(ARCHES), default="arm64")
     parser.add_argument("--pairs", type=int, default=15, help="of attach; others: 2/3, at least 10")
     parser.add_argument("--phase", action="append", choices=PHASES, help="only this one")
+    parser.add_argument("--dom0-vcpus", type=int, default=1, help="guests have one CPU more")
     parser.add_argument("--artefacts", type=Path, default=PROJECT / "artefacts")
     parser.add_argument("--show", type=Path, metavar="JSON", help="print an earlier run's table")
     chosen = parser.parse_args(arguments)
@@ -324,8 +325,9 @@ def main(arguments: list[str] | None = None) -> int:
         programs, qemu = build(chosen.arch)
         result: dict[str, Any] = {"versions": {"arch": chosen.arch, "qemu": qemu}}
         with Machine(
-            chosen.arch, artefacts=keep, time_limit_s=TIME_LIMIT_S, xen_args=XEN_ARGS
-        ) as machine:
+            chosen.arch, artefacts=keep, time_limit_s=TIME_LIMIT_S, xen_args=XEN_ARGS,
+            smp=chosen.dom0_vcpus + 1, dom0_vcpus=chosen.dom0_vcpus,
+        ) as machine:  # fmt: skip
             for name, data in programs.items():
                 machine.dom0.put(f"{IN_DOM0}/{name}", data, mode=0o755)
             for _ in measure(machine, chosen.phase or list(PHASES), chosen.pairs, result):

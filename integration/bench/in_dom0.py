@@ -297,7 +297,7 @@ def config(name: str, *entries: str, linux: bool = False) -> str:
     else:
         lines += ['kernel = "/rig/guests/baremetal"', 'extra = "do=stay"', "memory = 8"]
     if ARCH == "x86_64":
-        lines += ['tsc_mode = "native"', 'cpus = "1"']
+        lines += ['tsc_mode = "native"', f'cpus = "{os.cpu_count()}"']  # the first not dom0's
     if entries:
         lines.append("static_shm = [ " + ", ".join(f'"{entry}"' for entry in entries) + " ]")
     path = Path(f"/etc/xen/{name}.cfg")

@@ -53,7 +53,7 @@ def create(xen: XenHypervisor, name: str, extra: str, *lines: str) -> DomId:
     """Create a guest; its domid."""
     text = [f'name = "{name}"', 'type = "pvh"', "vcpus = 1", f'extra = "name={name} {extra}"']
     if bench.ARCH == "x86_64":
-        text += ['tsc_mode = "native"', 'cpus = "1"']
+        text += ['tsc_mode = "native"', f'cpus = "{os.cpu_count()}"']
     path = Path(f"/etc/xen/{name}.cfg")
     path.write_text("\n".join((*text, *lines, "")))
     subprocess.run(["xl", "create", path], check=True, stdout=subprocess.DEVNULL)
