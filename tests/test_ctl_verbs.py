@@ -263,7 +263,7 @@ SLOW = HEAVY | {"argparse", "typing", "dataclasses", "socket", "pathlib", "subpr
 @pytest.mark.parametrize(
     ("verb", "kept_out"),
     [
-        (["list"], SLOW),
+        (["list"], SLOW | {"json", "re", "enum", "functools"}),
         (["--json=short", "list", "--guests"], SLOW),
         (["show", "r0"], SLOW),
         (["status"], HEAVY),

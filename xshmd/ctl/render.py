@@ -6,7 +6,6 @@ Nothing is ever coloured, and nothing a name contains can steer a terminal.
 
 from __future__ import annotations
 
-import json
 import sys
 
 from xshmd.errors import XshmError
@@ -33,6 +32,8 @@ def say(text: str) -> None:
 
 def print_json(value: Any, mode: str) -> None:
     """Print a value as JSON: ``pretty`` over several lines, ``short`` on one."""
+    import json  # most of the time xshmctl would need, for those who ask for it
+
     if mode == "pretty":
         print(json.dumps(value, indent=2))
     else:

@@ -7,8 +7,7 @@ sends that has no well-defined answer is a :class:`ProtocolViolation`, which clo
 
 from __future__ import annotations
 
-import enum
-import json
+from xshmd.varlink import json_text
 
 # xshmctl starts in the time that importing typing would take.
 TYPE_CHECKING = False
@@ -39,13 +38,20 @@ class ProtocolViolation(Exception):
     """The peer sent something Varlink does not allow; the connection can only be closed."""
 
 
-class Flag(enum.Enum):
-    """How many replies a caller is ready to take; at most one may be asked for."""
+class Flag(str):
+    """How many replies a caller is ready to take; at most one may be asked for.
 
-    NONE = ""
-    MORE = "more"
-    ONEWAY = "oneway"
-    UPGRADE = "upgrade"
+    Not an enum, whose import takes xshmctl as long as all of ours.
+    """
+
+    __slots__ = ()
+    NONE: Flag
+    MORE: Flag
+    ONEWAY: Flag
+    UPGRADE: Flag
+
+
+Flag.NONE, Flag.MORE, Flag.ONEWAY, Flag.UPGRADE = map(Flag, ("", "more", "oneway", "upgrade"))
 
 
 class _Message:
@@ -169,7 +175,7 @@ def parse_call(message: bytes) -> Call:
     if method is None:
         raise ProtocolViolation("a call has no method")
     parameters = _take(fields, "parameters", dict)
-    flags = [flag for flag in Flag if flag is not Flag.NONE and _take(fields, flag.value, bool)]
+    flags = [flag for flag in (Flag.MORE, Flag.ONEWAY, Flag.UPGRADE) if _take(fields, flag, bool)]
     if len(flags) > 1:
         raise ProtocolViolation("a call has more than one of more, oneway and upgrade")
     _only_extensions_left(fields)
@@ -198,7 +204,7 @@ def encode_call(call: Call) -> bytes:
     if call.parameters:
         fields["parameters"] = call.parameters
     if call.flag is not Flag.NONE:
-        fields[call.flag.value] = True
+        fields[call.flag] = True
     return _encode(fields)
 
 
@@ -215,16 +221,13 @@ def encode_reply(reply: Reply) -> bytes:
 
 
 def _encode(fields: Parameters) -> bytes:
-    text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Lone surrogates come from undecodable file names; the wire is UTF-8 without exception.
-    return text.encode("utf-8", "replace") + b"\0"
+    return _write(fields).encode("utf-8", "replace") + b"\0"
 
 
 def _object(message: bytes) -> Parameters:
     try:
-        untrusted_value = json.loads(
-            message.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
+        untrusted_value = _read(message.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise ProtocolViolation("a message is not JSON in UTF-8") from exc
     if not isinstance(untrusted_value, dict):
@@ -242,6 +245,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> Parameters:
 
 def _no_constant(name: str) -> NoReturn:
     raise ProtocolViolation(f"a message has {name}, which JSON does not know")
+
+
+_read, _write = json_text.reader(_unique, _no_constant), json_text.writer()
 
 
 def _check_tree(root: Parameters) -> None:
