@@ -28,6 +28,7 @@ from xshmd.events import Event, EventKind
 STATISTICS = {
     "attaches": 5, "detaches": 2, "refusals": 1, "messages_sent": 321, "events_dropped": 0,
     "doorbell_rings": 77,
+    "doorbells_held_up": 3,
     "uptime_seconds": 17, "guests_attached": 3, "attach_microseconds": 1_500_000,
     "something_new": 4, "refusals_too-many-regions": 2, "refusals_Conflict": 1,
 }  # fmt: skip
@@ -82,6 +83,7 @@ def test_says_what_there_is() -> None:
         "xshmd_host_free_bytes": 1 << 30, "xshmd_attach_total": 5, "xshmd_detach_total": 2,
         "xshmd_guests_refused_total": 1, "xshmd_xenstore_messages_total": 321,
         "xshmd_doorbell_rings_total": 77,
+        "xshmd_doorbells_held_up_total": 3,
         "xshmd_events_dropped_total": 0, "xshmd_uptime_seconds": 17,
         "xshmd_guests_attached_total": 3, "xshmd_attach_seconds_total": 1.5,
     }  # fmt: skip

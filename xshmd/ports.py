@@ -341,6 +341,10 @@ class EventChannels(Protocol):
         """Return how often a line has rung; rings that come before it is looked at are one."""
         ...
 
+    def held_up(self) -> int:
+        """Return how often any line rang faster than is passed on, and had to wait."""
+        ...
+
     async def run(self) -> None:
         """Pass rings on for as long as it is not cancelled."""
         ...

@@ -15,7 +15,10 @@ import pytest
 from integration import Machine
 from integration.scenarios.conftest import CONFIG_FOLDERS
 from integration.scenarios.guest import Entry
-from integration.scenarios.host import SOCKET, Host, artefacts, names
+from integration.scenarios.host import SOCKET, Host, artefacts, names, remove
+from integration.scenarios.test_guest_to_guest import SEED
+from integration.scenarios.test_lent import SIZE as LENT_SIZE
+from integration.scenarios.test_lent import dumped, lent
 
 pytestmark = [pytest.mark.arch("x86_64"), pytest.mark.own_boot]
 
@@ -156,6 +159,24 @@ def test_sealed_regions_outlive_a_restart(host_with_service: Installed) -> None:
     host.wait_beats(late, 0)
     assert host.show("MainPID", "ActiveState", unit=KEEPER) == before
     host.destroy(owner, late)
+
+
+def test_lends_from_the_hardened_keeper(host_with_service: Installed) -> None:
+    """The keeper reaches gntalloc, whose module it had loaded, and what it lends outlives xshmd."""
+    host = host_with_service
+    region = host.unique("lent")
+    host.apply(lent(region))
+    guest = host.guest(
+        "borrows", Entry(region, host.at, LENT_SIZE, role="borrower"),
+        linux=True, shm="", seed=SEED, do=f"granted-hold:{region}",
+    )  # fmt: skip
+    host.create(guest)
+    host.wait_said(guest, f"mapped {region} rw {LENT_SIZE}")
+    host.dom0.run(f"printf '\\{SEED}' | xshmctl load {region}")
+    host.systemctl("restart", UNIT)
+    assert dumped(host, region) == SEED
+    host.destroy(guest)
+    host.apply(remove(region))
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])

@@ -54,6 +54,7 @@ COUNTERS: Final = (
     ("messages_sent", "xshmd_xenstore_messages_total", "Requests sent to xenstored."),
     ("events_dropped", "xshmd_events_dropped_total", "Events that slow listeners missed."),
     ("doorbell_rings", "xshmd_doorbell_rings_total", "Rings of guests that came to dom0."),
+    ("doorbells_held_up", "xshmd_doorbells_held_up_total", "Times a guest rang too fast."),
 )
 """Name in the statistics, name of the metric, its help text."""
 REFUSALS: Final = "refusals_"

@@ -176,6 +176,11 @@ class Doorbells:
             return 0
         return self._rung_before + sum(map(self._channels.rings, self._lines.values()))
 
+    @property
+    def held_up(self) -> int:
+        """How often a guest rang faster than is passed on, and had to wait."""
+        return 0 if self._channels is None else self._channels.held_up()
+
     def _unbind(self, bell: Bell) -> None:
         line = self._lines.pop(bell)
         self._rung_before += self._event_channels().rings(line)

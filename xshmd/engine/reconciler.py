@@ -371,6 +371,7 @@ class Reconciler:
             "messages_sent": self._store.messages_sent,
             "events_dropped": self._hub.dropped,
             "doorbell_rings": self._doorbells.rings,
+            "doorbells_held_up": self._doorbells.held_up,
             "last_reload_at": int(self._orders.reloaded_at),
             "uptime_seconds": int(trio.current_time() - self._started_at),
             **{f"refusals_{rule}": count for rule, count in sorted(self._hub.refusals.items())},

@@ -102,6 +102,9 @@ class XenEventChannels:
     def rings(self, line: int) -> int:
         return int(self._lib.xshm_relay_rings(self._relay, line))
 
+    def held_up(self) -> int:
+        return int(self._lib.xshm_relay_held(self._relay))
+
     @staticmethod
     def _check(call: str, rc: int) -> None:
         if rc < 0:
