@@ -18,6 +18,7 @@ from typing import Final
 from integration import Machine
 from integration.arch import ARCHES
 from integration.crash.operations import OPERATIONS, Operation, Scene
+from integration.crash.promises import PROMISES
 from integration.dom0 import Dom0Error
 from integration.scenarios.conftest import CONFIG_FOLDERS, warm_up
 from integration.scenarios.host import Host, State, artefacts, remove
@@ -153,7 +154,7 @@ def main() -> int:
     parser.add_argument("--arch", choices=tuple(ARCHES), default="arm64")
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--every", type=int, default=1, help="every how manieth effect")
-    names = {operation.__name__: operation for operation in OPERATIONS}
+    names = {operation.__name__: operation for operation in (*OPERATIONS, *PROMISES)}
     parser.add_argument("--operation", action="append", choices=tuple(names))
     options = parser.parse_args()
     chosen = [names[name] for name in options.operation or names]

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""xshmd that ends, as by kill -9, before its n-th effect: one on Xen, xenstore or a lock file.
+"""xshmd that ends, as by kill -9, before its n-th effect on Xen, xenstore, keeper or a lock file.
 
     XSHMD_KILL=FILE killed_daemon.py [xshmd's arguments]
 
@@ -21,13 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HALVED = {"populate": 2, "depopulate": 2, "zero": 2, "unmap": 2, "map_foreign": 4}
-"""Hypercalls for many frames, and which of their arguments is how many."""
+HALVED = {
+    "populate": (2, 1), "depopulate": (2, 1), "zero": (2, 1), "unmap": (2, 1),
+    "map_foreign": (4, 1, 3), "write_grants": (2, 1, 3), "end_grants": (2, 1),
+}  # fmt: skip
+"""Hypercalls for many frames: which of their arguments is how many, and which are the first."""
 WHOLE = (
     "create_holder_domain", "destroy", "pause", "unpause", "shut_down", "set_target",
     "set_max_pages", "set_paging_pool_bytes", "map_host_range", "unmap_host_range",
     "set_memory_map",
 )  # fmt: skip
+KEEPER = ("keep", "copy", "lend", "park", "write", "drop")
+CHANNELS = ("allocate", "bind", "unbind", "notify", "pass_on")
 MESSAGES = ("WRITE", "RM", "SET_PERMS", "TRANSACTION_END")
 """Those that change something, or may."""
 
@@ -57,7 +62,7 @@ class Fate:
 
 
 def fateful(
-    fate: Fate, name: str, function: Callable[..., Any], place: int = 0
+    fate: Fate, name: str, function: Callable[..., Any], place: int = 0, *firsts: int
 ) -> Callable[..., Any]:
     """Return the function as one effect, or as two if it takes a number of frames."""
 
@@ -69,9 +74,8 @@ def fateful(
             half[place] = arguments[place] // 2
             rest = [*arguments]
             rest[place] = arguments[place] - half[place]
-            for moved in (1, 3):
-                if moved < place:
-                    rest[moved] = arguments[moved] + half[place]
+            for moved in firsts:
+                rest[moved] = arguments[moved] + half[place]
             first = function(self, *half, **options)
             fate.comes(f"{name} (second half)")
             second = function(self, *rest, **options)
@@ -84,10 +88,15 @@ def fateful(
 def instrument(fate: Fate) -> None:
     """Make fate of everything that the daemon does to the outside."""
     xen = importlib.import_module("xshmd.xen.hypervisor").XenHypervisor
-    for name, place in [*HALVED.items(), *((name, 0) for name in WHOLE)]:
-        setattr(xen, name, fateful(fate, name, getattr(xen, name), place))
+    for name in (*HALVED, *WHOLE):
+        setattr(xen, name, fateful(fate, name, getattr(xen, name), *HALVED.get(name, ())))
     locks = importlib.import_module("xshmd.xen.libxl_lock")
-    for owner, name in ((locks.LibxlCreationLock, "try_hold"), (locks._Held, "release")):
+    keeper = importlib.import_module("xshmd.keeper.client").KeeperClient
+    channels = importlib.import_module("xshmd.xen.event_channels").XenEventChannels
+    for owner, name in (
+        (locks.LibxlCreationLock, "try_hold"), (locks._Held, "release"),
+        *((keeper, name) for name in KEEPER), *((channels, name) for name in CHANNELS),
+    ):  # fmt: skip
         setattr(owner, name, fateful(fate, name, getattr(owner, name)))
     link: Any = importlib.import_module("xshmd.xen.store_link").Link
     enqueue = link.enqueue

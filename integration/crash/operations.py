@@ -81,7 +81,7 @@ def create_owner(scene: Scene) -> Callable[[], Begun]:
         Entry(host.unique("two"), host.at_elsewhere, SIZE),
     ]
     guest = scene.guest("first", *entries, do="fill,check,stay")
-    return lambda: _created(scene, guest, r"checked pages=16 bad=0 seed=7")
+    return lambda: created(scene, guest, r"checked pages=16 bad=0 seed=7")
 
 
 def create_borrower(scene: Scene) -> Callable[[], Begun]:
@@ -89,10 +89,10 @@ def create_borrower(scene: Scene) -> Callable[[], Begun]:
     _, region = scene.owner()
     entry = Entry(region, scene.host.at, SIZE, "borrower")
     guest = scene.guest("second", entry, do="check,stay", slot=1)
-    return lambda: _created(scene, guest, r"checked pages=16 bad=0 seed=7")
+    return lambda: created(scene, guest, r"checked pages=16 bad=0 seed=7")
 
 
-def _created(scene: Scene, guest: Guest, says: str) -> Begun:
+def created(scene: Scene, guest: Guest, says: str) -> Begun:
     """It is made with its regions; or, seen too late to be held, without them, and that is said."""
     host, since = scene.host, scene.host.mark
     creating = host.start_creating(guest)
@@ -138,16 +138,17 @@ def destroy_one_of_two(scene: Scene) -> Callable[[], Begun]:
         scene.host.wait_gone(goes)
         assert scene.host.peek(region, 0, FILLED) == filled(7)
 
-    return lambda: _destroyed(scene, goes, end)
+    return lambda: destroyed(scene, goes, end)
 
 
 def destroy_the_last(scene: Scene) -> Callable[[], Begun]:
     """`xl destroy` of the only member: its region, holder and records go."""
     goes, _ = scene.owner()
-    return lambda: _destroyed(scene, goes, lambda: scene.host.wait_gone(goes))
+    return lambda: destroyed(scene, goes, lambda: scene.host.wait_gone(goes))
 
 
-def _destroyed(scene: Scene, guest: Guest, end: Begun) -> Begun:
+def destroyed(scene: Scene, guest: Guest, end: Begun) -> Begun:
+    """`xl destroy`, whose end is waited for so."""
     scene.host.dom0.spawn(["xl", "destroy", guest.name], timeout_s=2 * WAIT_S)
     return end
 
@@ -175,7 +176,7 @@ def add_region(scene: Scene) -> Callable[[], Begun]:
     file = f"/run/{region}.toml"
     scene.host.dom0.put(file, f'[region.{region}]\nsize = "64 KiB"\n')
     scene.regions.append(region)
-    return lambda: _asked(scene, "create", file)
+    return lambda: asked(scene, "create", file)
 
 
 def attach_region(scene: Scene) -> Callable[[], Begun]:
@@ -188,14 +189,14 @@ def attach_region(scene: Scene) -> Callable[[], Begun]:
     scene.regions.append(region)
     guest = scene.up(scene.guest("gets"))
     entry = f"id={region},begin={host.at:#x},size={SIZE:#x},role=borrower"
-    return lambda: _asked(scene, "attach", guest.name, entry)
+    return lambda: asked(scene, "attach", guest.name, entry)
 
 
 def detach_region(scene: Scene) -> Callable[[], Begun]:
     """A region is withdrawn from a guest that runs, and has another."""
     begin = attach_region(scene)
     begin()()
-    return lambda: _asked(scene, "detach", scene.guests[-1].name, scene.regions[-1])
+    return lambda: asked(scene, "detach", scene.guests[-1].name, scene.regions[-1])
 
 
 def remove_region(scene: Scene) -> Callable[[], Begun]:
@@ -203,12 +204,13 @@ def remove_region(scene: Scene) -> Callable[[], Begun]:
     begin = attach_region(scene)
     begin()()
     region = scene.regions.pop()
-    return lambda: _asked(scene, "remove", "--force", region)
+    return lambda: asked(scene, "remove", "--force", region)
 
 
-def _asked(scene: Scene, *words: str) -> Begun:
-    asked = scene.ask(*words)
-    return lambda: scene.insist(asked, *words)
+def asked(scene: Scene, *words: str) -> Begun:
+    """An admin asks for something."""
+    running = scene.ask(*words)
+    return lambda: scene.insist(running, *words)
 
 
 OPERATIONS: tuple[Operation, ...] = (
