@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--artefacts", type=Path, help="keep the console log there")
             verb.add_argument("--time-limit", type=float, metavar="S", default=None)
             verb.add_argument("--smp", type=int, default=2)
+            verb.add_argument("--dom0", choices=("pv", "pvh"), default="pv")
             verb.add_argument("--memory", type=int, metavar="MIB", default=3072)
             verb.add_argument("--xen-arg", action="append", default=[], metavar="WORD")
             verb.add_argument("--print-qemu", action="store_true", help="show QEMU's command")
@@ -78,6 +79,7 @@ def _on_machine(arguments: argparse.Namespace, artefacts: Path) -> int:
         init=arguments.init,
         xenstored=arguments.xenstored,
         smp=arguments.smp,
+        dom0=arguments.dom0,
         memory_mib=arguments.memory,
         xen_args=tuple(arguments.xen_arg),
     ) as machine:

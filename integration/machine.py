@@ -82,6 +82,7 @@ class Machine:
         memory_mib: int = 3072,
         smp: int = 2,
         dom0_vcpus: int = 1,
+        dom0: str = "pv",
         boot_limit_s: float = 300,
     ) -> None:
         """Say what to boot; nothing happens before the machine is entered.
@@ -98,6 +99,7 @@ class Machine:
             memory_mib: the machine's memory.
             smp: its CPUs; the first are dom0's.
             dom0_vcpus: how many those are.
+            dom0: "pv" or "pvh", see `qemu.Shape`.
             boot_limit_s: how long dom0's agent may take to answer.
         """
         self.arch = arch
@@ -110,6 +112,7 @@ class Machine:
             dom0_memory_mib=dom0_memory_mib,
             smp=smp,
             dom0_vcpus=dom0_vcpus,
+            dom0=dom0,
             init=init,
             xenstored=xenstored,
             xen_args=xen_args,

@@ -39,6 +39,7 @@ class Shape:
         dom0_memory_mib: dom0's share; guests and regions have the rest.
         smp: host CPUs. Dom0 has the first of them to itself.
         dom0_vcpus: how many those are.
+        dom0: "pv" or, on x86_64, "pvh", which Xen wants an IOMMU for.
         init: "rig" (ready in seconds) or "systemd" (as on a real machine).
         xenstored: with init="rig" the store to start, "xenstored" (in C) or "oxenstored"; systemd
             starts Debian's choice, which is oxenstored.
@@ -50,6 +51,7 @@ class Shape:
     dom0_memory_mib: int = 1024
     smp: int = 2
     dom0_vcpus: int = 1
+    dom0: str = "pv"
     init: str = "rig"
     xenstored: str = "xenstored"
     xen_args: tuple[str, ...] = ()
@@ -135,16 +137,22 @@ def _x86_64(shape: Shape, accel: str) -> list[str]:
         # Unpinned, dom0's programs now and then die in ld.so once HVM guests run. Without eager
         # FPU switching two HVM guests on one CPU corrupt each other's vector registers.
         own += ["dom0_vcpus_pin", "spec-ctrl=eager-fpu"]
+    # With MONITOR/MWAIT exposed Xen panics in mwait_idle_with_hints.
+    cpu = "EPYC,-monitor"
+    iommu: tuple[str, ...] = ()
+    if shape.dom0 == "pvh":
+        # Emulated SVM: RDTSCP cannot be intercepted, as Xen does where it has to emulate the TSC.
+        own, cpu, iommu = [*own, "dom0=pvh"], f"{cpu},-rdtscp", ("-device", "amd-iommu")
     xen = _xen_args(shape, *own)
     # Protecting and then checking the kernel's own page tables takes seconds under emulation.
     linux = _linux_args(shape, "mitigations=off", *(("rodata=off",) if accel == "tcg" else ()))
     return [
         "qemu-system-x86_64",
         *("-machine", "q35"),
-        # With MONITOR/MWAIT exposed Xen panics in mwait_idle_with_hints.
-        *("-cpu", "EPYC,-monitor" if accel == "tcg" else "host"),
+        *("-cpu", cpu if accel == "tcg" else "host"),
         *("-kernel", f"{IMAGE}/xen", "-append", xen),
         *("-initrd", f"{IMAGE}/kernel {_commas(linux)},{IMAGE}/initramfs"),
+        *iommu,
         # For a PV dom0 guest-physical is not machine-physical: virtio must go through the DMA API,
         # which is what iommu_platform=on makes it do.
         *("-device", f"virtio-blk-pci,drive=root,{_DMA_API}"),
