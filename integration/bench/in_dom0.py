@@ -137,11 +137,14 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def settled(xen: XenHypervisor, domains: int) -> int:
-    """The host's free pages, once only so many domains are left, those that die included."""
+    """The host's free pages, once only so many domains are left, those that die included.
+
+    The last pages of a domain come back up to two seconds after it has left the list (RCU).
+    """
     wait(lambda: len(xen.domains()) == domains, f"{domains} domains are left")
     while True:
         before = xen.host_info().free_pages
-        time.sleep(0.5)
+        time.sleep(3)
         if xen.host_info().free_pages == before:
             return before
 
