@@ -40,7 +40,10 @@ MASKED_UNITS = (
     "getty.target",
     "kmod-static-nodes.service",
     "ldconfig.service",
-    "modprobe@.service",
+    *(
+        f"modprobe@{of}.service"
+        for of in ("configfs", "dm_mod", "drm", "efi_pstore", "fuse", "loop")
+    ),
     "proc-sys-fs-binfmt_misc.automount",
     "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount",
