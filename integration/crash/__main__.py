@@ -31,6 +31,8 @@ REACHED_S: Final = 60.0
 """An operation that has no such effect for so long will not have it."""
 SETTLED: Final = ("attached", "rebooting")
 """What a guest may be when its operation is over; one that ended unseen is awaited for a while."""
+XEN_ARGS: Final = ("xsm=dummy",)
+"""Under SILO, Debian's default on Arm, no guest may be granted a holder's pages."""
 KEPT_PAGES: Final = 4
 """What Xen may keep for itself of hundreds of domains; one that leaks costs thirty."""
 
@@ -159,10 +161,13 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [names[name] for name in options.operation or names]
     folder = artefacts(options.arch, "crash")
-    with Machine(options.arch, artefacts=folder, time_limit_s=options.seconds + 3600) as machine:
+    with Machine(
+        options.arch, artefacts=folder, time_limit_s=options.seconds + 3600, xen_args=XEN_ARGS
+    ) as machine:
         machine.dom0.run(f"mkdir -p {CONFIG_FOLDERS}")
         machine.dom0.put(PROGRAM, (HERE / "killed_daemon.py").read_bytes(), mode=0o755)
         host = CrashingHost(machine)
+        host.start_keeper()
         host.start_daemon()
         warm_up(host)
         try:

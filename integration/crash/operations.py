@@ -93,7 +93,10 @@ def create_borrower(scene: Scene) -> Callable[[], Begun]:
 
 
 def created(scene: Scene, guest: Guest, says: str) -> Begun:
-    """It is made with its regions; or, seen too late to be held, without them, and that is said."""
+    """It is made with its regions; or, seen too late to be held, without them, and that is said.
+
+    Without them it runs into what is not there, on Arm, and may be gone before anybody can say so.
+    """
     host, since = scene.host, scene.host.mark
     creating = host.start_creating(guest)
     scene.guests.append(guest)
@@ -101,8 +104,11 @@ def created(scene: Scene, guest: Guest, says: str) -> Begun:
     def is_over() -> bool:
         if any(re.fullmatch(says, line) for line in host.said(guest)):
             return True
+        log = host.log(since)
+        if any(line.startswith("fault") for line in host.said(guest)):
+            return f"memory granted guest='{guest.name}'" not in log
         alone = rf"(left alone|without its regions).*\bdomid={host.domid(guest)}\b"
-        return re.search(alone, host.log(since)) is not None
+        return re.search(alone, log) is not None
 
     def end() -> None:
         creating.wait(2 * WAIT_S, check=True)
