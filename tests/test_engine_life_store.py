@@ -10,10 +10,12 @@ import trio
 from crash import sampled
 from fakes import xenstored as xs
 from fakes.world import World, world
-from life import pair
+from life import pair, states
 from trio.testing import MockClock
 
+from xshmd.changes import AddRegion
 from xshmd.machine import SHUTDOWN_REBOOT
+from xshmd.model import GuestState, RegionConfig
 from xshmd.units import DomId
 
 # -- xenstored ------------------------------------------------------------------------------------
@@ -184,3 +186,46 @@ async def test_a_preserved_guest_keeps_its_memory(autojump_clock: MockClock) -> 
         await host.tools.destroy(again)
         await host.tools.destroy(old)
         await host.check_clean()
+
+
+async def test_a_xenstored_that_has_lost_everything(autojump_clock: MockClock) -> None:
+    """Killed and started anew it knows nothing: our records are written again, so the next life of
+    the daemon knows its guests, and gives back what they had when they end."""
+    async with world() as host:
+        daemon = await host.start()
+        one, other = await pair(host)
+        a = await host.tools.create(one)
+        b = await host.tools.create(other)
+        await host.until(lambda: host.running(a) and host.running(b))
+        before = host.server.below("/xshmd")
+        host.server.stop()
+        await trio.sleep(60)
+        assert host.running(a)
+        host.server.start(fresh=True)
+        await host.until(lambda: host.server.below("/xshmd") == before)
+        assert host.server.permissions("/xshmd") == ("n0",)
+        await daemon.kill()
+        daemon = await host.start()
+        assert states(daemon) == {"a": GuestState.ATTACHED, "b": GuestState.ATTACHED}
+        assert host.pages(a.domid, one.requests[0]) == host.pages(b.domid, other.requests[0])
+        await host.tools.end(a)
+        await host.tools.end(b)
+        await host.until(lambda: not daemon.engine.snapshot().regions)
+
+
+async def test_a_record_that_waited_does_not_hide_the_loss(autojump_clock: MockClock) -> None:
+    """A change asked for while xenstored was away is written before anything else is."""
+    async with world() as host:
+        daemon = await host.start()
+        one, _ = await pair(host)
+        a = await host.tools.create(one)
+        await host.until(lambda: host.running(a))
+        host.server.stop()
+        await trio.sleep(1)
+        async with trio.open_nursery() as nursery:
+            change = AddRegion(config=RegionConfig(region_id="late", nr_frames=1))
+            nursery.start_soon(daemon.engine.apply, [change])
+            await trio.sleep(1)
+            host.server.start(fresh=True)
+        await host.until(lambda: "/xshmd/regions/r" in host.server.below("/xshmd"))
+        assert "/xshmd/regions/late" in host.server.below("/xshmd")

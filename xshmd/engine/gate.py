@@ -68,14 +68,15 @@ class Gate:
     async def run(
         self,
         on_change: Callable[[], None],
+        on_return: Callable[[], None],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Watch for ever.
 
         Args:
-            on_change: Called when a domain was held, when one may have gone, and when the
-                connection was lost and is back.
+            on_change: Called when a domain was held, and when one may have gone.
+            on_return: Called when the connection was lost and is back.
             task_status: Started once what is there at the start has been looked at.
         """
         async with self._store.watch(ROOT) as events, trio.open_nursery() as nursery:
@@ -101,6 +102,8 @@ class Gate:
 
             started = False
             async for event in events:
+                if started and event.path == ROOT:
+                    on_return()
                 await handle(event.path, not started)
                 if not started:
                     started = True

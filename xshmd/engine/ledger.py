@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from xshmd.engine import intents, records, window_records
 from xshmd.engine.intents import Intent, Part
@@ -19,6 +19,9 @@ from xshmd.ports import Store, StoreTransaction
 from xshmd.units import DomId
 
 R = TypeVar("R")
+
+_KEPT_ROOTS: Final = (intents.ROOT, records.lease_path("").rstrip("/"), window_records.ROOT)
+"""Made at the start: what is removed leaves its parent behind."""
 
 
 class Ledger:
@@ -44,12 +47,7 @@ class Ledger:
         A record that cannot be read is left where it is: it may be another version's.
         """
         if await self._store.read(records.ROOT) is None:
-            await self._store.write(records.ROOT, "")
-            await self._store.set_permissions(records.ROOT, records.ROOT_PERMISSIONS)
-            # What is removed leaves its parent behind.
-            await self._store.write(intents.ROOT, "")
-            await self._store.write(records.lease_path("").rstrip("/"), "")
-            await self._store.write(window_records.ROOT, "")
+            await self._make_roots()
         holders, bad_holders = await self._load("holders", records.decode_holder)
         regions, bad_regions = await self._load("regions", records.decode_region)
         guests, bad_guests = await self._load("guests", records.decode_guest)
@@ -67,6 +65,32 @@ class Ledger:
         )  # fmt: skip
         self.is_whole = not bad
         return bad
+
+    async def _make_roots(self) -> None:
+        await self._store.write(records.ROOT, "")
+        await self._store.set_permissions(records.ROOT, records.ROOT_PERMISSIONS)
+        for root in _KEPT_ROOTS:
+            await self._store.write(root, "")
+
+    async def restore(self) -> bool:
+        """Have every record written again by :meth:`settle` if xenstored has lost them all.
+
+        xenstored keeps its nodes in memory: one that was killed, and started anew, has none.
+
+        Returns:
+            Whether it has.
+        """
+        # A record that was waiting to be written has made its own parents by now, and no others.
+        if None not in await self._store.read_many(_KEPT_ROOTS):
+            return False
+        self._doubtful |= {
+            *map(records.holder_path, self._holders), *map(records.region_path, self._regions),
+            *map(records.guest_path, self._guests), *map(records.lease_path, self._leases),
+            *map(intents.intent_path, self._intents),
+            *map(window_records.window_path, self._windows),
+        }  # fmt: skip
+        await self._make_roots()
+        return True
 
     async def _load_intents(self) -> list[StoreError]:
         bad: list[StoreError] = []

@@ -150,7 +150,7 @@ class Reconciler:
                 for holder in self._ledger.holders:
                     self._watch_holder(holder)
                 nursery.start_soon(self._doorbells.run, self._on_ring)
-                await nursery.start(self._gate.run, self._loop.hint)
+                await nursery.start(self._gate.run, self._loop.hint, self._on_return)
                 await nursery.start(self._watch, "@introduceDomain", None)
                 await nursery.start(self._watch, "@releaseDomain", self._note_shutdowns)
                 for guest in self._ledger.guests:
@@ -189,6 +189,18 @@ class Reconciler:
             self._ends.note_shutdowns(self._domains())
         except XshmError as error:
             log.warning("domains could not be listed", reason=error.one_line())
+
+    def _on_return(self) -> None:
+        self._loop.put(self._restore)
+
+    async def _restore(self) -> None:
+        if await self._ledger.restore():
+            log.error(
+                "xenstored lost its nodes",
+                reason="guests keep their memory and xshmd goes on with what it knows, but xl "
+                "knows them no more: start the host anew as soon as they can be ended",
+            )
+        self._loop.hint()
 
     def _domains(self) -> dict[int, DomainInfo]:
         return {int(info.domid): info for info in self._xen.domains()}
