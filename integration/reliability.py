@@ -102,6 +102,14 @@ ROWS: Final = (
         )
         for arch in ("arm64", "x86_64")
     ),
+    *(
+        Row(
+            f"soak-{arch}",
+            f"real Xen, {arch}: guests, regions, leases and daemons come and go; what is left",
+            f"soak ARCH={arch} SOAK_SECONDS={{budget}}", r"^(\d+ s, \d+ operations .*)$",
+        )
+        for arch in ("arm64", "x86_64")
+    ),
 )  # fmt: skip
 
 

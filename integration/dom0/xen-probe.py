@@ -167,6 +167,10 @@ class Probe:
             return type(error).__name__
         return ""
 
+    def shut_down(self, domid: DomId, reason: int) -> None:
+        """Let a domain end as if by itself; reasons: xen/include/public/sched.h."""
+        self._xen.shut_down(domid, reason)
+
     def event_channel_errno(self, domid: DomId) -> int:
         """One attempt to allocate an event channel in a domain: the errno, 0 if there is one.
 
