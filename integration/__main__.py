@@ -13,6 +13,7 @@ from pathlib import Path
 from integration.arch import ARCHES
 from integration.cache import BuildError, Cache
 from integration.dom0 import CommandFailed, Dom0Error
+from integration.images import PLAIN, VARIANTS
 from integration.machine import BootError, Machine, prepare
 from integration.toolroot import ToolError
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=what, description=what)
         verb.add_argument("--arch", choices=tuple(ARCHES), default=None)
         if name in ("boot", "shell", "exec"):
+            verb.add_argument("--image", choices=VARIANTS, default=PLAIN)
             verb.add_argument("--init", choices=("rig", "systemd"), default="rig")
             verb.add_argument(
                 "--xenstored", choices=("xenstored", "oxenstored"), default="xenstored"
@@ -76,6 +78,7 @@ def _on_machine(arguments: argparse.Namespace, artefacts: Path) -> int:
         arguments.arch or "x86_64",
         artefacts=artefacts,
         time_limit_s=limit_s,
+        image=arguments.image,
         init=arguments.init,
         xenstored=arguments.xenstored,
         smp=arguments.smp,

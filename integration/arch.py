@@ -18,6 +18,7 @@ class Arch:
         kernel_package: dom0's kernel, and the Linux guests'.
         xen_package: the hypervisor.
         disk_modules: what the initramfs must load to see the disks and the root file system.
+        device_model: Debian's package of a device model for Xen's guests, where it has one.
         configured: whether the packages' configuration scripts can run when the image is built;
             a foreign root is only unpacked, which is all a test machine needs.
     """
@@ -29,6 +30,7 @@ class Arch:
     kernel_package: str
     xen_package: str
     disk_modules: tuple[str, ...]
+    device_model: tuple[str, ...]
     configured: bool
 
 
@@ -40,6 +42,7 @@ X86_64 = Arch(
     kernel_package="linux-image-amd64",
     xen_package="xen-hypervisor-4.20-amd64",
     disk_modules=("virtio_pci", "virtio_blk", "crc32c_generic", "ext4"),
+    device_model=("qemu-system-xen",),
     configured=True,
 )
 ARM64 = Arch(
@@ -50,6 +53,7 @@ ARM64 = Arch(
     kernel_package="linux-image-arm64",
     xen_package="xen-hypervisor-4.20-arm64",
     disk_modules=("virtio_mmio", "virtio_blk", "crc32c_generic", "ext4"),
+    device_model=(),
     configured=False,
 )
 ARCHES = {arch.name: arch for arch in (X86_64, ARM64)}

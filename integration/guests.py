@@ -27,8 +27,8 @@ def get_guests(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Entry
     if not sources.files:
         return None
     recipe = Recipe(
-        f"guests-{arch.name}",
-        f"the {arch.name} guests",
+        f"guests-{image.name}",
+        f"the {image.name} guests",
         2,
         (arch.name, tools.key, image.key, sources.digest, Path(__file__).read_text()),
     )

@@ -51,6 +51,13 @@ DOM0_PACKAGES = (
     "python3-trio",
     "python3-varlink",
 )
+PLAIN = ""
+LIBVIRT = "libvirt"
+VARIANTS = (PLAIN, LIBVIRT)
+"""The names of the images there are of each architecture. The second has libvirt in dom0, and a
+device model for guests that want a whole PC: much that only a few scenarios need.
+"""
+LIBVIRT_PACKAGES = ("libvirt-clients", "libvirt-daemon-driver-xen")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Image:
     """What QEMU needs to boot one architecture's dom0; all are files in the cache.
 
     Attributes:
+        name: the architecture's, and which of its images this is.
         key: changes when the image does.
         root: an ext4 file system, dom0's root.
         xen: the hypervisor, as QEMU's -kernel wants it.
@@ -68,6 +76,7 @@ class Image:
         modules: the kernel's version, which is also the folder's name below /usr/lib/modules.
     """
 
+    name: str
     key: str
     root: Path
     xen: Path
@@ -78,26 +87,31 @@ class Image:
     entry: Entry
 
 
-def get_image(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Image:
-    """The image of `arch` from the cache, built first if need be."""
+def get_image(
+    arch: Arch, tools: ToolRoot, cache: Cache | None = None, variant: str = PLAIN
+) -> Image:
+    """One of the images of `arch` from the cache, built first if need be."""
+    name = f"{arch.name}-{variant}" if variant else arch.name
+    packages = _packages(arch, variant)
     recipe = Recipe(
-        f"image-{arch.name}",
-        f"the {arch.name} dom0 image",
+        f"image-{name}",
+        f"the {name} dom0 image",
         2,
         (
             SUITE,
             XEN_VERSION,
             DISK_SIZE,
             repr(arch),
-            *DOM0_PACKAGES,
+            *packages,
             (HERE / "dom0/initramfs-init").read_text(),
             Path(__file__).read_text(),
             inspect.getsource(unpack_debian),
         ),
     )
-    entry = (cache or Cache()).get(recipe, lambda c, log: _build(arch, tools, c, log))
+    entry = (cache or Cache()).get(recipe, lambda c, log: _build(arch, tools, packages, c, log))
     at = entry.path
     return Image(
+        name=name,
         key=recipe.key,
         root=at / "root.img",
         xen=at / "xen",
@@ -109,10 +123,17 @@ def get_image(arch: Arch, tools: ToolRoot, cache: Cache | None = None) -> Image:
     )
 
 
-def _build(arch: Arch, tools: ToolRoot, content: Path, log: Path) -> None:
+def _packages(arch: Arch, variant: str) -> tuple[str, ...]:
+    """What dom0 is to have; what that depends on comes with it."""
+    more = (*LIBVIRT_PACKAGES, *arch.device_model) if variant == LIBVIRT else ()
+    return (*DOM0_PACKAGES, arch.kernel_package, arch.xen_package, *more)
+
+
+def _build(
+    arch: Arch, tools: ToolRoot, packages: tuple[str, ...], content: Path, log: Path
+) -> None:
     root = content / "root"
     root.mkdir(mode=0o755)
-    packages = (*DOM0_PACKAGES, arch.kernel_package, arch.xen_package)
     if arch.configured:
         unpack_debian(arch, tools, root, "essential", packages, log)
     else:

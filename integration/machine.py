@@ -19,7 +19,7 @@ from integration import qemu
 from integration.arch import Arch, arch_named
 from integration.cache import Cache
 from integration.dom0 import ChannelDead, Dom0
-from integration.images import Image, get_image
+from integration.images import PLAIN, Image, get_image
 from integration.payload import get_payload
 from integration.progress import step
 from integration.toolroot import ToolRoot, require_root
@@ -47,12 +47,12 @@ class Parts:
     payload: Path
 
 
-def prepare(arch_name: str, cache: Cache | None = None) -> Parts:
+def prepare(arch_name: str, cache: Cache | None = None, variant: str = PLAIN) -> Parts:
     """Build whatever a machine of this architecture needs and the cache does not have."""
     require_root()
     arch, cache = arch_named(arch_name), cache or Cache()
     tools = ToolRoot.get(cache)
-    image = get_image(arch, tools, cache)
+    image = get_image(arch, tools, cache, variant)
     return Parts(arch, tools, image, get_payload(arch, tools, image, cache))
 
 
@@ -74,6 +74,7 @@ class Machine:
         *,
         artefacts: Path,
         time_limit_s: float = 600,
+        image: str = PLAIN,
         init: str = "rig",
         xenstored: str = "xenstored",
         xen_args: tuple[str, ...] = (),
@@ -91,6 +92,7 @@ class Machine:
             arch: "x86_64" or "arm64".
             artefacts: see the class.
             time_limit_s: the machine is killed after this, whatever goes on.
+            image: which of the architecture's images, see `images.VARIANTS`.
             init: "rig" or "systemd", see `qemu.Shape`.
             xenstored: "xenstored" or "oxenstored", see `qemu.Shape`.
             xen_args: added to Xen's command line.
@@ -105,6 +107,7 @@ class Machine:
         self.arch = arch
         self.artefacts = artefacts
         self.boot_seconds = 0.0
+        self._image = image
         self._time_limit_s = time_limit_s
         self._boot_limit_s = boot_limit_s
         self._shape = qemu.Shape(
@@ -160,7 +163,7 @@ class Machine:
             return ""
 
     def __enter__(self) -> Self:
-        parts = prepare(self.arch)
+        parts = prepare(self.arch, variant=self._image)
         try:
             with step(f"booting Xen on {self.arch} ({qemu.accelerator(parts.arch)})"):
                 began = time.monotonic()

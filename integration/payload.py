@@ -101,8 +101,8 @@ def get_payload(arch: Arch, tools: ToolRoot, image: Image, cache: Cache) -> Path
         built.append((RIG / "guests", read_sources(".", tree=guests.path)))
     sources = read_sources(*_SOURCES)
     recipe = Recipe(
-        f"payload-{arch.name}",
-        f"the {arch.name} payload",
+        f"payload-{image.name}",
+        f"the {image.name} payload",
         3,
         (tools.key, sources.digest, *(files.digest for _, files in built)),
     )
