@@ -137,7 +137,8 @@ def test_every_scenario_is_in_a_part() -> None:
 
 
 def test_every_scenario_is_in_exactly_one_part_of_its_machines() -> None:
-    """Shared out, not lost: together the parts are what a run of everything is."""
+    """Shared out, not lost: together the parts are what a run of everything is.  Scenarios for
+    another image are a run of their own."""
 
     def collect(words: list[str]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "integration/scenarios"]
@@ -148,6 +149,7 @@ def test_every_scenario_is_in_exactly_one_part_of_its_machines() -> None:
         for part in all_parts(["arm64", "x86_64"])
         if part.boots and "--xenstored" not in part.command
     ]
+    libvirt = collect(["--image", "libvirt"])
     collecting = [collect([]), *(collect(words) for words in rigs)]
     said = [process.communicate(timeout=120)[0].splitlines() for process in collecting]
     whole, *shares = [sorted(line for line in lines if "::" in line) for lines in said]
@@ -155,3 +157,6 @@ def test_every_scenario_is_in_exactly_one_part_of_its_machines() -> None:
     assert len(shares) == 5
     assert all(shares)
     assert any("test_holder" in line and "x86_64" in line for line in whole)
+    others = [line for line in libvirt.communicate(timeout=120)[0].splitlines() if "::" in line]
+    assert any("test_libvirt" in line for line in others)
+    assert not set(others) & set(whole)

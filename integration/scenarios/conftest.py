@@ -14,6 +14,7 @@ import pytest
 
 from integration import Machine
 from integration.arch import ARCHES
+from integration.images import PLAIN, VARIANTS
 from integration.scenarios.guest import MIB, Entry
 from integration.scenarios.host import CONFIGS, ETC, Host, artefacts
 
@@ -39,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the store to run, except where a scenario boots a machine of its own",
     )  # fmt: skip
     parser.addoption(
+        "--image", choices=VARIANTS, default=PLAIN,
+        help="the image to boot, and run the scenarios that are made for it (see Makefile)",
+    )  # fmt: skip
+    parser.addoption(
         "--share", metavar="K/N", type=_share, default=(1, 1),
         help="run the K-th of N shares of the scenarios: each is a run of its own, side by side",
     )  # fmt: skip
@@ -62,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out other architectures' scenarios and other shares': nothing is ever skipped."""
     chosen = config.getoption("--arch") or DEFAULT_ARCHES
     everywhere = config.getoption("--everywhere")
-    ours = [item for item in items if _is_for(item, chosen, everywhere)]
+    image = config.getoption("--image")
+    ours = [item for item in items if _is_for(item, chosen, everywhere) and _image(item) == image]
     modules = _share_of(ours, *config.getoption("--share"))
     ours = [item for item in ours if item.path in modules]
     kept = set(ours)
@@ -78,6 +84,11 @@ def _is_for(item: pytest.Item, arches: Sequence[str], everywhere: bool) -> bool:
     if item.get_closest_marker("alike") and not everywhere:
         only = {FASTEST}
     return call.params["arch"] in only.intersection(arches)
+
+
+def _image(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("image")
+    return str(mark.args[0]) if mark else PLAIN
 
 
 def _share_of(items: Sequence[pytest.Item], number: int, total: int) -> set[Path]:
@@ -96,10 +107,11 @@ def _share_of(items: Sequence[pytest.Item], number: int, total: int) -> set[Path
 @pytest.fixture(scope="session")
 def session_host(arch: str, pytestconfig: pytest.Config) -> Iterator[Host]:
     """The machine, with a daemon that has seen guests come and go."""
-    xenstored = pytestconfig.getoption("--xenstored")
+    xenstored, image = pytestconfig.getoption("--xenstored"), pytestconfig.getoption("--image")
     number, total = pytestconfig.getoption("--share")
     words = [str(number)] * (total > 1) + [xenstored] * (xenstored != "xenstored")
-    with booted(arch, "-".join(words), xenstored=xenstored) as host:
+    words += [image] * (image != PLAIN)
+    with booted(arch, "-".join(words), xenstored=xenstored, image=image) as host:
         yield host
 
 

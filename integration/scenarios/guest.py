@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 PAGE = 4096
 MIB = 1 << 20
+BUILT = "/rig/guests"
+"""Where dom0 has what integration/guests makes."""
 MASK = (1 << 64) - 1
 
 
@@ -87,24 +89,38 @@ class Guest:
             words = ["console=hvc0", "iomem=relaxed", "loglevel=3", *words]
         return " ".join(word for word in words if word)
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What it is booted from: its kernel, and its ramdisk if it has one."""
+        if self.linux:
+            return {"kernel": f"{BUILT}/vmlinuz", "ramdisk": f"{BUILT}/linux.cpio.gz"}
+        return {"kernel": f"{BUILT}/baremetal"}
+
+    @property
+    def ram_mib(self) -> int:
+        """How much RAM it gets."""
+        return self.memory_mib or (160 if self.linux else 8)
+
     def config(self) -> str:
         """The text of its xl configuration."""
-        memory = self.memory_mib or (160 if self.linux else 8)
         lines = [f'name = "{self.name}"', f'type = "{self.type}"']
-        if self.linux:
-            lines += ['kernel = "/rig/guests/vmlinuz"', 'ramdisk = "/rig/guests/linux.cpio.gz"']
-        else:
-            lines += ['kernel = "/rig/guests/baremetal"']
-        lines += [f'extra = "{self.words}"', f"memory = {memory}", "vcpus = 1"]
+        lines += [f'{key} = "{path}"' for key, path in self.files.items()]
+        lines += [f'extra = "{self.words}"', f"memory = {self.ram_mib}", "vcpus = 1"]
         if self.arch == "arm64":
             lines += ['vuart = "sbsa_uart"']
         else:
             # Emulated SVM: RDTSCP cannot be intercepted, and dom0 has CPU 0 to itself.
             lines += ['tsc_mode = "native"', 'cpus = "1"']
-        lines += self.lines
-        if self.entries:
-            lines += ["static_shm = [", *(f'    "{entry}",' for entry in self.entries), "]"]
-        return "\n".join((*lines, ""))
+        return "\n".join((*lines, *self.lines, *self._static_shm(), ""))
+
+    def own_file(self) -> str:
+        """The least that a file of xshmd's own says of it."""
+        return "\n".join((f'name = "{self.name}"', *self._static_shm(), ""))
+
+    def _static_shm(self) -> tuple[str, ...]:
+        if not self.entries:
+            return ()
+        return ("static_shm = [", *(f'    "{entry}",' for entry in self.entries), "]")
 
     def entry_line(self, index: int) -> int:
         """The line of the configuration that has this entry of static_shm."""
