@@ -15,7 +15,7 @@ help:
 	@echo 'make demo [ARCH=arm64|x86_64] [STAY=1]   two guests share memory on real Xen under QEMU'
 	@echo 'make test                  everything: lint, types, unit tests, scenarios on real Xen'
 	@echo 'make lint | unit | unit-debian | rig-arm64 | rig-x86_64     its parts, one by one'
-	@echo 'make libvirt               scenarios with libvirt and a device model in dom0'
+	@echo 'make rig-virt              those with libvirt, or a whole PC as a guest: another dom0'
 	@echo 'make bench [ARCH=...]      the published figures'
 	@echo 'make shell [ARCH=...]      a shell in a dom0 with xshmd installed'
 
@@ -47,8 +47,8 @@ rig: $(addprefix rig-,$(TEST_ARCHES))
 rig-%:
 	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios --everywhere --arch $*
 
-# Their image is made the first time: much that nothing else needs.
-libvirt:
+# No part of `make test`: dom0's image has much more in it that nothing else needs.
+rig-virt:
 	@set -e; py=$(PY); $$py -m pytest -p no:cacheprovider integration/scenarios --image libvirt \
 	$(addprefix --arch ,$(TEST_ARCHES))
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from integration import parts as parts_module
+from integration.images import PLAIN, VARIANTS
 from integration.parts import Part, Runner, all_parts
 
 PROJECT = Path(__file__).parent.parent
@@ -137,8 +140,8 @@ def test_every_scenario_is_in_a_part() -> None:
 
 
 def test_every_scenario_is_in_exactly_one_part_of_its_machines() -> None:
-    """Shared out, not lost: together the parts are what a run of everything is.  Scenarios for
-    another image are a run of their own."""
+    """Shared out, not lost: together the parts are what a run of everything is, and what is in none
+    is for another image (make rig-virt)."""
 
     def collect(words: list[str]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "integration/scenarios"]
@@ -149,14 +152,28 @@ def test_every_scenario_is_in_exactly_one_part_of_its_machines() -> None:
         for part in all_parts(["arm64", "x86_64"])
         if part.boots and "--xenstored" not in part.command
     ]
-    libvirt = collect(["--image", "libvirt"])
-    collecting = [collect([]), *(collect(words) for words in rigs)]
+    images = [["--image", name] for name in VARIANTS if name != PLAIN]
+    collecting = [collect(words) for words in ([], *images, *rigs)]
     said = [process.communicate(timeout=120)[0].splitlines() for process in collecting]
-    whole, *shares = [sorted(line for line in lines if "::" in line) for lines in said]
+    whole, *parts = [sorted(line for line in lines if "::" in line) for lines in said]
+    others, shares = parts[: len(images)], parts[len(images) :]
     assert sorted(line for share in shares for line in share) == whole
     assert len(shares) == 5
     assert all(shares)
     assert any("test_holder" in line and "x86_64" in line for line in whole)
-    others = [line for line in libvirt.communicate(timeout=120)[0].splitlines() if "::" in line]
-    assert any("test_libvirt" in line for line in others)
-    assert not set(others) & set(whole)
+    here, elsewhere = _functions(whole), _functions(line for lines in others for line in lines)
+    assert here | elsewhere == set(_written())
+    assert not here & elsewhere
+
+
+def _functions(lines: Iterable[str]) -> set[tuple[str, str]]:
+    """The files and functions of collected scenarios."""
+    found = (re.fullmatch(r".*?([^/]+\.py)::(\w+).*", line) for line in lines)
+    return {(match[1], match[2]) for match in found if match}
+
+
+def _written() -> Iterator[tuple[str, str]]:
+    """Every scenario that there is, read and not collected."""
+    for path in (PROJECT / "integration/scenarios").glob("test_*.py"):
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.M):
+            yield path.name, name

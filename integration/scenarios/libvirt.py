@@ -84,7 +84,8 @@ def domain_xml(guest: Guest) -> str:
   <name>{guest.name}</name>
   <uuid>{name}</uuid>
   <memory unit="MiB">{guest.ram_mib}</memory>
-  <vcpu cpuset="1">1</vcpu>
+  <vcpu>1</vcpu>
+  <cputune><vcpupin vcpu="0" cpuset="1"/></cputune>
   <os><type arch="{arch}">{os_type}</type>{files}</os>
   <clock offset="utc"><timer name="tsc" mode="native"/></clock>
   <on_reboot>restart</on_reboot>

@@ -15,6 +15,14 @@ PC = ('vga = "none"', "vnc = 0", "usb = 0")
 """As little of a PC as there is: each of its devices costs time under emulation."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def first_device_model(session_host: Host) -> None:
+    """What the first device model leaves is there before anybody looks: libxl makes the node below
+    this one, and this with it, and removes only that (device_model_launch() and
+    libxl__destroy_device_model() in libxl_dm.c)."""
+    session_host.dom0.run(["xenstore-write", "/local/domain/0/device-model", ""])
+
+
 def writer(host: Host, region: str, at: int) -> Guest:
     """A bare-metal guest that has filled the region, and answers."""
     guest = host.guest("metal", Entry(region, at, SIZE), do="fill,pong", seed=9, ticks=3)
