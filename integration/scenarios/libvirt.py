@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import uuid
 from xml.sax.saxutils import escape
@@ -13,6 +14,8 @@ from integration.scenarios.host import CONFIGS, WAIT_S, Host
 
 OWN = "/etc/xshmd/guests.d"
 SETTINGS = "/run/libvirtd.conf"
+LOG = "/var/log/libvirt/libvirtd.log"
+OLDEST_CPU = "/usr/share/libvirt/cpu_map/x86_486.xml"
 # Debian's own are for a machine that was installed: a group of its own, and polkit.
 _SETTINGS_TEXT = 'unix_sock_group = "root"\nauth_unix_rw = "none"\nauth_unix_ro = "none"\n'
 # What libvirt calls the kind of guest that a bare-metal one is; on Arm it knows no other than this.
@@ -25,12 +28,25 @@ class Libvirt:
     def __init__(self, host: Host) -> None:
         self.host = host
         host.dom0.put(SETTINGS, _SETTINGS_TEXT)
+        # libvirt's driver for Xen does not start on a processor that is none of those it knows
+        # (libxlCapsInitCPU), and all of those have VME, which QEMU does not emulate.
+        host.dom0.run(["sed", "-i", "/vme/d", OLDEST_CPU])
         self.start()
 
     def start(self) -> None:
         """Start libvirtd, and wait until its driver answers."""
-        self._daemon = self.host.dom0.spawn(["libvirtd", "-f", SETTINGS])
-        self.host.wait(lambda: not self.virsh("list", check=False).status, "libvirt answers")
+        log = {"LIBVIRT_LOG_OUTPUTS": f"2:file:{LOG}", "LIBVIRT_LOG_FILTERS": "3:object 3:event"}
+        self._daemon = self.host.dom0.spawn(["libvirtd", "-f", SETTINGS], env=log)
+        self.host.wait(self._answers, "libvirt answers")
+
+    def _answers(self) -> bool:
+        answered = not self.virsh("list", check=False).status
+        if not answered:
+            with contextlib.suppress(TimeoutError):
+                self._daemon.wait(0)
+                log = self.host.dom0.run(["tail", LOG], check=False).text
+                raise AssertionError(f"libvirtd ended, and said:\n{log}")
+        return answered
 
     def stop(self) -> None:
         """End libvirtd; guests go on."""
@@ -53,6 +69,11 @@ class Libvirt:
         """`virsh create`."""
         self.host.created.append(guest)
         return self.virsh("create", self.write(guest), check=check)
+
+    def define(self, guest: Guest) -> None:
+        """`virsh define`: libvirt knows the guest until it is undefined, running or not."""
+        self.host.created.append(guest)
+        self.virsh("define", self.write(guest))
 
     def destroy(self, *guests: Guest) -> None:
         for guest in guests:

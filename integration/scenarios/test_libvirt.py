@@ -10,7 +10,7 @@ import pytest
 
 from integration.scenarios.guest import Entry, Guest
 from integration.scenarios.host import Host, names
-from integration.scenarios.libvirt import OWN, Libvirt
+from integration.scenarios.libvirt import LOG, OWN, Libvirt
 
 pytestmark = pytest.mark.image("libvirt")
 
@@ -23,7 +23,7 @@ def libvirt(session_host: Host) -> Iterator[Libvirt]:
     libvirt = Libvirt(session_host)
     yield libvirt
     libvirt.stop()
-    logs = session_host.dom0.run("tail -n +1 -v /var/log/libvirt/libxl/*", check=False)
+    logs = session_host.dom0.run(f"tail -n +1 -v {LOG} /var/log/libvirt/libxl/*", check=False)
     (session_host.artefacts / "libvirt.log").write_bytes(logs.stdout)
 
 
@@ -82,7 +82,7 @@ def test_a_refusal_is_a_failed_start(host: Host, libvirt: Libvirt) -> None:
     assert libvirt.names() == []
     (refused,) = host.refusals(since)
     assert refused[0] == guest.name
-    assert f"{region} which nobody defines" in refused[1]
+    assert f"{region!r}, which nobody defines" in refused[1]
 
 
 def test_hook_refuses_with_the_reason(host: Host, libvirt: Libvirt, hook: None) -> None:
@@ -91,7 +91,7 @@ def test_hook_refuses_with_the_reason(host: Host, libvirt: Libvirt, hook: None) 
     wrong = heard(host, "wrong", Entry(region, host.at + 1), do="stay")
     done = libvirt.create(wrong, check=False)
     assert done.status != 0
-    assert f"{OWN}/{wrong.name}.cfg:2: static_shm" in done.stderr.decode()
+    assert f"{OWN}/{wrong.name}.cfg:3: static_shm[0]" in done.stderr.decode()
     host.dom0.run(["rm", f"{OWN}/{wrong.name}.cfg"])
     right = heard(host, "right", Entry(region, host.at), do="fill")
     host.stop_daemon()
@@ -105,7 +105,7 @@ def test_hook_refuses_with_the_reason(host: Host, libvirt: Libvirt, hook: None) 
     libvirt.destroy(right)
 
 
-def test_saving_and_migrating_are_refused_and_harm_nobody(host: Host, libvirt: Libvirt) -> None:
+def test_saving_is_refused_and_harms_nobody(host: Host, libvirt: Libvirt) -> None:
     """The guest runs on, and its peer notices nothing."""
     region = host.unique("demo")
     beater = host.guest("beater", Entry(region, host.at), do="fill,beat")
@@ -122,6 +122,27 @@ def test_saving_and_migrating_are_refused_and_harm_nobody(host: Host, libvirt: L
     host.wait_beats(watcher, 0)
     libvirt.destroy(beater)
     host.destroy(watcher)
+
+
+def test_a_managed_save_is_refused(host: Host, libvirt: Libvirt) -> None:
+    """It leaves a file with nothing of the guest in it: the next start fails of it and removes it,
+    and the one after that is a start like any other."""
+    guest = heard(host, "kept", Entry(host.unique("demo"), host.at), do="fill")
+    libvirt.define(guest)
+    libvirt.virsh("start", guest.name)
+    host.wait_said(guest, "filled .*")
+    done = libvirt.virsh("managedsave", guest.name, check=False)
+    assert done.status != 0
+    assert "with libxenlight" in done.stderr.decode()
+    assert libvirt.state(guest) == "running"
+    libvirt.destroy(guest)
+    done = libvirt.virsh("start", guest.name, check=False)
+    assert done.status != 0
+    assert f"libxenlight failed to restore domain '{guest.name}'" in done.stderr.decode()
+    libvirt.virsh("start", guest.name)
+    host.wait_said(guest, "filled .*", times=2)
+    libvirt.destroy(guest)
+    libvirt.virsh("undefine", guest.name)
 
 
 def test_a_reboot_by_libvirt(host: Host, libvirt: Libvirt) -> None:
