@@ -8,7 +8,7 @@ import errno
 
 import pytest
 import trio
-from fakes.toolstack import XlFailed
+from fakes.toolstack import Made, XlFailed
 from fakes.world import world
 from trio.testing import MockClock
 
@@ -16,7 +16,9 @@ from xshmd.engine.gate import ROOT
 from xshmd.errors import ConfigError, Conflict, HypercallFailed, OutOfMemory, Refused, TimedOut
 from xshmd.machine import Arch
 from xshmd.model import GuestState, RegionRequest
-from xshmd.units import address_of, bytes_of
+from xshmd.units import DomId, address_of, bytes_of
+
+UUID = "6f1c2a0e-58c3-4f0e-9f0c-2b7d7d0f9a11"
 
 
 @pytest.mark.parametrize("arch", list(Arch), ids=str)
@@ -342,6 +344,43 @@ async def test_any_call_may_fail(autojump_clock: MockClock, kind: str, nth: int,
         await host.check_clean()
         made = await host.tools.create(config)
         await host.tools.end(made)
+        await host.check_clean()
+
+
+@pytest.mark.parametrize("step", ["nodes", "pool", "memory", "introduced"])
+async def test_a_build_that_fails_is_ended_by_libxl(autojump_clock: MockClock, step: str) -> None:
+    """It removes the domain's nodes, and then takes the lock that we hold while it is made."""
+    async with world() as host:
+        daemon = await host.start()
+
+        def fail(at: str, _domid: int) -> None:
+            if at == step:
+                raise ConfigError("Could not open kernel image")
+
+        host.tools.at_step = fail
+        with trio.fail_after(60), pytest.raises(XlFailed):
+            await host.tools.create(host.config("a", host.request("r", 3)))
+        await host.check_clean()
+        assert daemon.engine.snapshot().guests == ()
+
+
+async def test_what_a_killed_xl_leaves_can_be_destroyed(autojump_clock: MockClock) -> None:
+    async with world() as host:
+        daemon = await host.start()
+        config = dataclasses.replace(host.config("a", host.request("r", 3)), uuid=UUID)
+        left: list[DomId] = []
+        with trio.CancelScope() as xl:
+
+            def kill(at: str, domid: DomId) -> None:
+                if at == "memory":
+                    left.append(domid)
+                    xl.cancel()
+
+            host.tools.at_step = kill
+            await host.tools.create(config)
+        await host.until(lambda: len(daemon.engine.snapshot().regions) == 1)
+        with trio.fail_after(60):
+            await host.tools.destroy(Made(left[0], config))
         await host.check_clean()
 
 

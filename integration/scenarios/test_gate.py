@@ -111,6 +111,18 @@ def test_admin_pauses_a_member(host: Host) -> None:
 
 
 @pytest.mark.alike
+def test_a_guest_that_cannot_be_built(host: Host) -> None:
+    """`xl create` fails as it does without us: libxl takes the lock that we hold to clean up."""
+    lines = ('kernel = "/etc/passwd"',)
+    guest = host.guest("bad", Entry(host.unique("demo"), host.at), do="stay", lines=lines)
+    done = host.create(guest, check=False)
+    assert done.status != 0
+    assert "cannot (re-)build domain" in done.stderr.decode()
+    assert host.domid(guest) is None
+    host.wait(lambda: not host.regions(), "its region is freed")
+
+
+@pytest.mark.alike
 def test_configuration_of_our_own(host: Host) -> None:
     """A file in /etc/xshmd/guests.d gives regions to a guest whose xl configuration has none."""
     region = host.unique("demo")

@@ -59,6 +59,10 @@ class Gate:
         """Return whether the domain is known here: if it is to have regions, so does the ledger."""
         return domid in self._seen and domid not in self._looking_at
 
+    def is_ending(self, guest: Guest) -> bool:
+        """Return whether the domain's nodes are gone, which libxl removes first."""
+        return self._seen.get(guest.domid) != guest.uuid
+
     def forget(self, guest: Guest) -> None:
         """Say that this guest is gone, so that its domid is a new domain when it comes again."""
         self.had_run.discard(guest.generation)
@@ -121,6 +125,7 @@ class Gate:
             domids = [DomId(int(name)) for name in names if name.isdecimal()]
             for gone in self._seen.keys() - set(domids):
                 del self._seen[gone]
+                self._unlock_ending(gone)
         for domid in domids:
             if domid not in self._seen or (match is not None and match[2] is None):
                 self._looking_at.add(domid)
@@ -145,7 +150,7 @@ class Gate:
         )
         if kind is None:
             self._seen.pop(domid, None)
-            self._unlock_domain(domid)
+            self._unlock_ending(domid)
             return
         info = self._xen.domain_info(domid)
         if info is None or info.dying or self._seen.get(domid) == info.uuid:
@@ -208,10 +213,18 @@ class Gate:
         if lock is not None:
             lock.release()
 
-    def _unlock_domain(self, domid: DomId) -> None:
+    def _unlock_ending(self, domid: DomId) -> None:
+        """Let libxl end a domain whose nodes it has removed: its next step is to take the lock
+        (tools/libs/light/libxl_domain.c, ``devices_destroy_cb``), also where making it has failed.
+        """
         recorded = self._ledger.guest_of_domain(domid)
         for key in [key for key in self._held if key[0] == domid]:
-            if recorded is None or recorded.uuid != key[1]:
+            # The doomed end by us, and then it is we who have removed the nodes.
+            if (
+                recorded is None
+                or recorded.uuid != key[1]
+                or recorded.state is not GuestState.DOOMED
+            ):
                 self._held.pop(key).release()
 
     def close(self) -> None:

@@ -251,8 +251,12 @@ class Reconciler:
             await self._end(guest)
         elif guest.state is not GuestState.ATTACHED:
             try:
-                if await self._passage.advance(guest) is None:
+                after = await self._passage.advance(guest)
+                if after is None:
                     self._loop.hint()
+                elif after.state is not GuestState.ATTACHED and self._gate.is_ending(guest):
+                    # xenstored tells nobody of the end of what was not introduced to it.
+                    self._loop.look_in(AGAIN_S)
             except DomainGone:
                 await self._end(guest)
 
