@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Final
 
 from integration.arch import ARCHES
+from integration.cache import BuildError
 from integration.dom0 import CommandFailed, Dom0, Dom0Error
 from integration.machine import BootError, Machine
+from integration.toolroot import ToolError
 
 EXCHANGES: Final = 6
 """Numbers each guest must have seen from the other, in rising order."""
@@ -242,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
                         "xl console alice (leave with Ctrl-]); exit ends the machine"
                     )
                     machine.shell()
-        except (BootError, CommandFailed, Dom0Error) as problem:
+        except (BootError, BuildError, CommandFailed, Dom0Error, ToolError, OSError) as problem:
             print(f"\nFAILED: {problem}", file=sys.stderr)
             return 1
     return 0 if good else 1
