@@ -70,11 +70,6 @@ class Libvirt:
         self.host.created.append(guest)
         return self.virsh("create", self.write(guest), check=check)
 
-    def define(self, guest: Guest) -> None:
-        """`virsh define`: libvirt knows the guest until it is undefined, running or not."""
-        self.host.created.append(guest)
-        self.virsh("define", self.write(guest))
-
     def destroy(self, *guests: Guest) -> None:
         for guest in guests:
             self.virsh("destroy", guest.name)
@@ -92,8 +87,6 @@ class Libvirt:
 def domain_xml(guest: Guest) -> str:
     """The guest as libvirt wants it said: as `Guest.config`, without what it shares."""
     arch, os_type = _OS_TYPES[guest.arch]
-    if guest.type == "hvm":
-        os_type = "hvm"
     boot = dict(guest.files)
     if "ramdisk" in boot:
         boot["initrd"] = boot.pop("ramdisk")

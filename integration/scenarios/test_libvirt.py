@@ -124,27 +124,6 @@ def test_saving_is_refused_and_harms_nobody(host: Host, libvirt: Libvirt) -> Non
     host.destroy(watcher)
 
 
-def test_a_managed_save_is_refused(host: Host, libvirt: Libvirt) -> None:
-    """It leaves a file with nothing of the guest in it: the next start fails of it and removes it,
-    and the one after that is a start like any other."""
-    guest = heard(host, "kept", Entry(host.unique("demo"), host.at), do="fill")
-    libvirt.define(guest)
-    libvirt.virsh("start", guest.name)
-    host.wait_said(guest, "filled .*")
-    done = libvirt.virsh("managedsave", guest.name, check=False)
-    assert done.status != 0
-    assert "with libxenlight" in done.stderr.decode()
-    assert libvirt.state(guest) == "running"
-    libvirt.destroy(guest)
-    done = libvirt.virsh("start", guest.name, check=False)
-    assert done.status != 0
-    assert f"libxenlight failed to restore domain '{guest.name}'" in done.stderr.decode()
-    libvirt.virsh("start", guest.name)
-    host.wait_said(guest, "filled .*", times=2)
-    libvirt.destroy(guest)
-    libvirt.virsh("undefine", guest.name)
-
-
 def test_a_reboot_by_libvirt(host: Host, libvirt: Libvirt) -> None:
     """libvirt makes a domain of the same name and UUID again, and it has what it had."""
     region = host.unique("demo")
