@@ -12,7 +12,7 @@ from integration.scenarios.guest import Entry, Guest
 from integration.scenarios.host import Host, names
 from integration.scenarios.libvirt import LOG, OWN, Libvirt
 
-pytestmark = pytest.mark.image("libvirt")
+pytestmark = [pytest.mark.image("libvirt"), pytest.mark.arch("x86_64")]
 
 SHIPPED = "/usr/lib/python3/dist-packages/xshmd/resources/hooks"
 HOOK = "/etc/libvirt/hooks/libxl"
@@ -116,7 +116,9 @@ def test_saving_is_refused_and_harms_nobody(host: Host, libvirt: Libvirt) -> Non
     file = "/srv/virsh.save"
     done = libvirt.virsh("save", beater.name, file, check=False)
     assert done.status != 0
-    assert "with libxenlight" in done.stderr.decode()
+    # On Arm libxl has no saving, and so libvirt's driver has none.
+    said = "with libxenlight" if host.arch == "x86_64" else "not supported by the connection driver"
+    assert said in done.stderr.decode()
     host.dom0.run(["rm", "-f", file])
     assert libvirt.state(beater) == "running"
     host.wait_beats(watcher, 0)
