@@ -18,8 +18,6 @@ LOG = "/var/log/libvirt/libvirtd.log"
 OLDEST_CPU = "/usr/share/libvirt/cpu_map/x86_486.xml"
 # Debian's own are for a machine that was installed: a group of its own, and polkit.
 _SETTINGS_TEXT = 'unix_sock_group = "root"\nauth_unix_rw = "none"\nauth_unix_ro = "none"\n'
-# What libvirt calls the kind of guest that a bare-metal one is; on Arm it knows no other than this.
-_OS_TYPES = {"x86_64": ("x86_64", "xenpvh"), "arm64": ("aarch64", "linux")}
 
 
 class Libvirt:
@@ -85,8 +83,7 @@ class Libvirt:
 
 
 def domain_xml(guest: Guest) -> str:
-    """The guest as libvirt wants it said: as `Guest.config`, without what it shares."""
-    arch, os_type = _OS_TYPES[guest.arch]
+    """A PVH guest as libvirt wants it said: as `Guest.config`, without what it shares."""
     boot = dict(guest.files)
     if "ramdisk" in boot:
         boot["initrd"] = boot.pop("ramdisk")
@@ -100,7 +97,7 @@ def domain_xml(guest: Guest) -> str:
   <memory unit="MiB">{guest.ram_mib}</memory>
   <vcpu>1</vcpu>
   <cputune><vcpupin vcpu="0" cpuset="1"/></cputune>
-  <os><type arch="{arch}">{os_type}</type>{files}</os>
+  <os><type arch="x86_64">xenpvh</type>{files}</os>
   <clock offset="utc"><timer name="tsc" mode="native"/></clock>
   <on_reboot>restart</on_reboot>
 </domain>
