@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Final, TypeVar
 
+import structlog
+
 from xshmd.engine import intents, records, window_records
 from xshmd.engine.intents import Intent, Part
 from xshmd.engine.window_records import Window
@@ -18,6 +20,7 @@ from xshmd.model import Guest, Holder, Lease, Region, Snapshot
 from xshmd.ports import Store, StoreTransaction
 from xshmd.units import DomId
 
+log = structlog.get_logger()
 R = TypeVar("R")
 
 _KEPT_ROOTS: Final = (intents.ROOT, records.lease_path("").rstrip("/"), window_records.ROOT)
@@ -40,6 +43,7 @@ class Ledger:
         self.is_whole = True
         """Whether every record could be read: otherwise there may be guests that nobody knows."""
         self._doubtful: set[str] = set()
+        self._was_away = False
 
     async def load(self) -> tuple[StoreError, ...]:
         """Read every record back after a start; return what could not be read.
@@ -71,26 +75,6 @@ class Ledger:
         await self._store.set_permissions(records.ROOT, records.ROOT_PERMISSIONS)
         for root in _KEPT_ROOTS:
             await self._store.write(root, "")
-
-    async def restore(self) -> bool:
-        """Have every record written again by :meth:`settle` if xenstored has lost them all.
-
-        xenstored keeps its nodes in memory: one that was killed, and started anew, has none.
-
-        Returns:
-            Whether it has.
-        """
-        # A record that was waiting to be written has made its own parents by now, and no others.
-        if None not in await self._store.read_many(_KEPT_ROOTS):
-            return False
-        self._doubtful |= {
-            *map(records.holder_path, self._holders), *map(records.region_path, self._regions),
-            *map(records.guest_path, self._guests), *map(records.lease_path, self._leases),
-            *map(intents.intent_path, self._intents),
-            *map(window_records.window_path, self._windows),
-        }  # fmt: skip
-        await self._make_roots()
-        return True
 
     async def _load_intents(self) -> list[StoreError]:
         bad: list[StoreError] = []
@@ -213,8 +197,18 @@ class Ledger:
 
     # -- writing --------------------------------------------------------------------------------
 
+    def doubt(self) -> None:
+        """Say that xenstored was away, and may have come back without a node of ours.
+
+        It keeps them in memory: one that was killed, and started anew, has none.
+        """
+        self._was_away = True
+
     async def settle(self) -> None:
         """Make xenstore say what memory does, where an answer was lost and nobody knows."""
+        if self._was_away:
+            await self._restore()
+            self._was_away = False
         for path in tuple(self._doubtful):
             if path.startswith(f"{intents.ROOT}/"):
                 await self._settle_intent(path)
@@ -225,6 +219,33 @@ class Ledger:
             else:
                 await self._store.write(path, text)
             self._doubtful.discard(path)
+
+    async def _restore(self) -> None:
+        # A record that was waiting to be written has made its own parents by now, and no others.
+        if None not in await self._store.read_many(_KEPT_ROOTS):
+            return
+        nodes = [node for intent in self._intents.values() for node in intents.nodes(intent)]
+        nodes += [(records.holder_path(key), records.encode(r)) for key, r in self._holders.items()]
+        nodes += [(records.region_path(key), records.encode(r)) for key, r in self._regions.items()]
+        nodes += [(records.guest_path(key), records.encode(r)) for key, r in self._guests.items()]
+        nodes += [(records.lease_path(key), records.encode(r)) for key, r in self._leases.items()]
+        nodes += [
+            (window_records.window_path(key), window_records.encode(window))
+            for key, window in self._windows.items()
+        ]
+
+        async def write(inside: StoreTransaction) -> None:
+            for path, text in nodes:
+                await inside.write(path, text)
+
+        # All or nothing: were we cut off, a next life would take half of them for the whole.
+        await self._store.transact(write)
+        await self._make_roots()
+        log.error(
+            "xenstored lost its nodes",
+            reason="xshmd's are written again and guests keep their memory, but xl knows them no "
+            "more: start the host anew as soon as they can be ended",
+        )
 
     async def _settle_intent(self, path: str) -> None:
         intent = self._intents.get(path.split("/")[3])

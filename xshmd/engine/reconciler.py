@@ -191,15 +191,7 @@ class Reconciler:
             log.warning("domains could not be listed", reason=error.one_line())
 
     def _on_return(self) -> None:
-        self._loop.put(self._restore)
-
-    async def _restore(self) -> None:
-        if await self._ledger.restore():
-            log.error(
-                "xenstored lost its nodes",
-                reason="guests keep their memory and xshmd goes on with what it knows, but xl "
-                "knows them no more: start the host anew as soon as they can be ended",
-            )
+        self._ledger.doubt()
         self._loop.hint()
 
     def _domains(self) -> dict[int, DomainInfo]:
