@@ -75,6 +75,21 @@ def test_it_maps_all_of_it(host: Host) -> None:
     host.xen.check()
 
 
+def test_no_memory_for_its_tables(host: Host) -> None:
+    """What the host has not is said, and what it has is not taken: Xen stops in the middle."""
+    pool_bytes = host.xen.paging_pool_bytes(host.guest.domid)
+    other = host.xen.make_domain(new_holder_uuid()).domid
+    before = host.xen.paging_pool_bytes(other)
+    host.xen.set_paging_pool_bytes(other, before + bytes_of(host.xen.free_pages - 3))
+    with pytest.raises(OutOfMemory, match=r"needs .* for its page tables and the host has 12 KiB"):
+        host.attach()
+    assert host.xen.paging_pool_bytes(host.guest.domid) == pool_bytes
+    assert host.xen.free_pages == 3
+    host.untouched()
+    host.xen.set_paging_pool_bytes(other, before)
+    host.attach()
+
+
 def test_again_removes_first(host: Host) -> None:
     """Twice the same page at one frame is an error on x86 and a leak on Arm."""
     host.attach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -39,6 +40,7 @@ WIPE_FRAMES: Final = 4096
 """Frames looked at and wiped, or copied, at a time."""
 POOL_SLACK_FRAMES: Final = 16
 """Paging-pool frames beyond the computed need: top-level tables, and Xen's own rounding."""
+MORE_MEMORY: Final = "end guests or give dom0 less memory (`xl mem-set 0 ...`)"
 
 
 def table_frames(nr_frames: int) -> int:
@@ -56,9 +58,25 @@ def enlarge_paging_pool(xen: Hypervisor, domid: DomId, ranges: Iterable[int]) ->
         xen: The hypervisor.
         domid: The domain.
         ranges: How many frames each new contiguous range has.
+
+    Raises:
+        OutOfMemory: the host has not that much; the pool is as it was.
     """
     extra_frames = POOL_SLACK_FRAMES + sum(table_frames(nr_frames) for nr_frames in ranges)
-    xen.set_paging_pool_bytes(domid, xen.paging_pool_bytes(domid) + bytes_of(extra_frames))
+    before = xen.paging_pool_bytes(domid)
+    try:
+        xen.set_paging_pool_bytes(domid, before + bytes_of(extra_frames))
+    except HypercallFailed as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        # Xen stops where it cannot go on (hap_set_allocation(), p2m_set_allocation()).
+        if xen.paging_pool_bytes(domid) > before:
+            xen.set_paging_pool_bytes(domid, before)
+        raise OutOfMemory(
+            f"domain {domid} needs {human_size(bytes_of(extra_frames))} for its page tables and "
+            f"the host has {human_size(xen.host_info().free_bytes)} free",
+            hint=MORE_MEMORY,
+        ) from error
 
 
 class Holders:
@@ -369,7 +387,7 @@ class Holders:
                 f"{what} needs {human_size(bytes_of(nr_frames))} and the host has "
                 f"{human_size(host.free_bytes)} free, of which {human_size(self._floor_bytes)} "
                 "stay free",
-                hint="end guests or give dom0 less memory (`xl mem-set 0 ...`)",
+                hint=MORE_MEMORY,
             )
 
     def _populate_now(self, domid: DomId, first_gfn: Gfn, nr_frames: int) -> None:
