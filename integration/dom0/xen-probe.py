@@ -171,6 +171,13 @@ class Probe:
         """Let a domain end as if by itself; reasons: xen/include/public/sched.h."""
         self._xen.shut_down(domid, reason)
 
+    def take_free_pages(self, domid: DomId, leave: int) -> int:
+        """Have a domain's paging pool take the host's free memory; how many pages are left."""
+        free = self._xen.host_info().free_pages
+        pool_bytes = self._xen.paging_pool_bytes(domid)
+        self._xen.set_paging_pool_bytes(domid, pool_bytes + ((free - leave) << 12))
+        return self._xen.host_info().free_pages
+
     def event_channel_errno(self, domid: DomId) -> int:
         """One attempt to allocate an event channel in a domain: the errno, 0 if there is one.
 

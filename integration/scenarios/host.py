@@ -35,6 +35,11 @@ KEEPER_SOCKET = "/run/xshmd-keeper/socket"
 ETC = "/etc/xen"
 CONFIGS = "/srv/guests"
 POLICY = "/etc/xshmd/xshmd.toml"
+XEN_BIN = "/usr/lib/xen-4.20/bin"
+XENSTORED = f"{XEN_BIN}/xenstored"
+XENSTORED_PID = "$(cat /run/xenstored.pid)"
+UPDATED = "-U"
+"""What a xenstored is started with that takes over from another (tools/xenstored/lu.c)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +406,12 @@ class Host:
         assert self._daemon is not None, "no daemon runs"
         assert self._daemon.wait(WAIT_S).status == -signal.SIGKILL
         self._daemon = None
+
+    def update_xenstored(self) -> None:
+        """Have xenstored, the one in C, go on as a new program: with its nodes and connections."""
+        self.dom0.run(["xenstore-control", "live-update", XENSTORED])
+        words = self.dom0.run(f"cat /proc/{XENSTORED_PID}/cmdline").text.split("\0")
+        assert UPDATED in words, words
 
     @contextmanager
     def daemon_with(self, *options: str) -> Iterator[None]:
