@@ -118,6 +118,11 @@ soak:
 scale:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m scale --regions 1000 --guests 500
 
+# On real Xen, with guests of 4 MiB: as many as there is memory for.
+GUESTS ?= 100
+scale-on-xen:
+	@set -e; py=$(PY); $$py -m integration.scale --arch $(ARCH) --guests $(GUESTS)
+
 RACE_SECONDS ?= 3600
 races:
 	@set -e; py=$(PY); cd tests; PYTHONPATH=.:.. $$py -m races --seconds $(RACE_SECONDS)

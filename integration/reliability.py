@@ -104,6 +104,14 @@ ROWS: Final = (
     ),
     *(
         Row(
+            f"scale-on-xen-{arch}",
+            f"real Xen, {arch}: what the k-th tiny guest and a recovery of k of them cost",
+            f"scale-on-xen ARCH={arch}", r"^(.*(?:(?:calls|messages) from|pages lacking) .*)$",
+        )
+        for arch in ("arm64", "x86_64")
+    ),
+    *(
+        Row(
             f"soak-{arch}",
             f"real Xen, {arch}: guests, regions, leases and daemons come and go; what is left",
             f"soak ARCH={arch} SOAK_SECONDS={{budget}}", r"^(\d+ s, \d+ operations .*)$",
