@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where a guest's configuration is found: our own file, the running xl's, the usual directories."""
 
+import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from finder_host import OTHER_UUID, UUID, Host, text_of
 from xshmd.config.files import MAX_FILES
 from xshmd.config.finder import Finder
 from xshmd.config.xl_command import CreateArguments, create_arguments
-from xshmd.config.xlcfg import MAX_BYTES
+from xshmd.config.xlcfg import MAX_BYTES, XlConfig
+from xshmd.declarations import Declarations
 from xshmd.errors import ConfigError, ConfigUnreadable
 from xshmd.model import GuestType
 
@@ -197,6 +200,24 @@ def test_the_latest_process_counts(host: Host) -> None:
     host.process(8, "xl", "create", "new.cfg", started=200)
     host.process(7, "xl", "create", "old.cfg", started=50)
     assert host.region() == "new"
+
+
+def test_what_passes_is_not_remembered_for_ever(host: Host) -> None:
+    """Guests come and go, files are written anew: as much is kept as there are files, and a bit."""
+    gc.collect()
+    before = sum(isinstance(one, XlConfig | Declarations) for one in gc.get_objects())
+    (host.xen / "stays.cfg").write_text(text_of("stays"))
+    for number in range(200):
+        (host.root / "vm.cfg").write_text(text_of(f"vm{number}"))
+        (host.regions / "r.toml").write_text(f'[region.r{number}]\nsize = "4 KiB"\n')
+        process = host.process(7, "xl", "create", "vm.cfg")
+        assert host.region(f"vm{number}") == "r"
+        assert host.region("stays") == "r"
+        assert [region.region_id for region in host.finder.regions()] == [f"r{number}"]
+        shutil.rmtree(process)
+    gc.collect()
+    after = sum(isinstance(one, XlConfig | Declarations) for one in gc.get_objects())
+    assert after - before < 30
 
 
 def test_a_file_that_is_not_utf_8_is_an_error_for_its_guest_only(host: Host) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from xshmd.config.files import MAX_FILES, read_regular
+from xshmd.config.files import read_regular
 from xshmd.config.lookup import DIRECTORIES, TOML_SUFFIX, Found, find_files
 from xshmd.config.toml import read_toml
 from xshmd.config.toml_tree import Source
@@ -42,7 +42,15 @@ class RegionFiles:
 
     def read(self) -> tuple[Reading, ...]:
         """Return every configuration there is, in the order of their names."""
-        return tuple(self._reading(found) for found in find_files(self._directories))
+        readings = tuple(self._reading(found) for found in find_files(self._directories))
+        # What a file said before is of no more use; what is wrong is looked at again, as it may
+        # have been the want of a program.
+        self._parsed = {
+            reading.sources: reading.result
+            for reading in readings
+            if isinstance(reading.result, Declarations)
+        }
+        return readings
 
     def _reading(self, found: Found) -> Reading:
         file = os.fspath(found.paths[0])
@@ -50,13 +58,7 @@ class RegionFiles:
             sources = tuple(Source(os.fspath(path), read_regular(path)) for path in found.paths)
         except XshmError as error:
             return Reading(file, (), error)
-        result = self._parsed.get(sources) or _parsed(sources, found.name)
-        if isinstance(result, Declarations):
-            # What is wrong is looked at again: it may have been the want of a program.
-            if len(self._parsed) >= MAX_FILES:
-                self._parsed.clear()
-            self._parsed[sources] = result
-        return Reading(file, sources, result)
+        return Reading(file, sources, self._parsed.get(sources) or _parsed(sources, found.name))
 
 
 def _parsed(sources: tuple[Source, ...], name: str) -> Declarations | XshmError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from xshmd.config import static_shm
-from xshmd.config.files import MAX_FILES, NotRegularError, names_in, read_regular
+from xshmd.config.files import NotRegularError, names_in, read_regular
 from xshmd.config.findings import config_error
 from xshmd.config.guest import from_xl, normalised_uuid
 from xshmd.config.joining import agreed, is_same_guest
@@ -34,6 +34,8 @@ _LEFTOVERS: Final = (
     ".dpkg-old", ".dpkg-new", ".dpkg-dist", ".ucf-old", ".ucf-dist",
 )  # fmt: skip
 """What editors and package managers leave beside a configuration: never one itself."""
+_PASSING: Final = 16
+"""How many texts are remembered beside those of twice as many files as there are."""
 _MENTIONS: Final = (static_shm.KEY.encode(), static_shm.OLD_KEY.encode())
 
 
@@ -77,6 +79,7 @@ class XlFiles:
         self._xl_uid = xl_uid
         self._on_skip = on_skip
         self._parsed: dict[_Text, XlConfig | ConfigUnreadable] = {}
+        self._nr_files = 0
 
     def find(self, name: str, uuid: str) -> GuestConfig | None:
         """Return the configuration of the guest of this name, or None if nobody has one.
@@ -177,7 +180,8 @@ class XlFiles:
     def _parse(self, text: _Text) -> XlConfig:
         """Parse what was not parsed before: files change seldom, and are asked for every guest."""
         if text not in self._parsed:
-            if len(self._parsed) >= MAX_FILES:
+            # Most others are of an xl that makes one guest, once.
+            if len(self._parsed) >= 2 * self._nr_files + _PASSING:
                 self._parsed.clear()
             try:
                 # xl does not mind the encoding, so it is no reason not to know whose this is.
@@ -213,6 +217,7 @@ class XlFiles:
                 text = self._read(path)
                 if text is not None:
                     yield text
+        self._nr_files = len(seen)
 
     def _files(self, directory: Path) -> Iterator[Path]:
         for name in names_in(directory):
