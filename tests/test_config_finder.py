@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finder_host import OTHER_UUID, UUID, Host, text_of
@@ -218,6 +219,22 @@ def test_what_passes_is_not_remembered_for_ever(host: Host) -> None:
     gc.collect()
     after = sum(isinstance(one, XlConfig | Declarations) for one in gc.get_objects())
     assert after - before < 30
+
+
+class Forgotten(dict[Any, Any]):
+    """What another thread clears as soon as this one has stored something."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.clear()
+
+
+def test_another_thread_may_forget_what_this_one_has_just_read(host: Host) -> None:
+    (host.xen / "vm.cfg").write_text(text_of("vm"))
+    (host.xen / "bad.cfg").write_text("name = [")
+    host.finder._xl._parsed = Forgotten()
+    assert host.region() == "r"
+    assert host.find("bad") is None
 
 
 def test_a_file_that_is_not_utf_8_is_an_error_for_its_guest_only(host: Host) -> None:

@@ -179,16 +179,18 @@ class XlFiles:
 
     def _parse(self, text: _Text) -> XlConfig:
         """Parse what was not parsed before: files change seldom, and are asked for every guest."""
-        if text not in self._parsed:
-            # Most others are of an xl that makes one guest, once.
-            if len(self._parsed) >= 2 * self._nr_files + _PASSING:
-                self._parsed.clear()
+        result = self._parsed.get(text)
+        if result is None:
             try:
                 # xl does not mind the encoding, so it is no reason not to know whose this is.
-                self._parsed[text] = parse(text.data.decode("utf-8", "replace"), text.file)
+                result = parse(text.data.decode("utf-8", "replace"), text.file)
             except ConfigUnreadable as err:
-                self._parsed[text] = err
-        result = self._parsed[text]
+                result = err
+            # Most others are of an xl that makes one guest, once.  Another thread may do the same:
+            # then something is parsed twice.
+            if len(self._parsed) >= 2 * self._nr_files + _PASSING:
+                self._parsed.clear()
+            self._parsed[text] = result
         if isinstance(result, ConfigUnreadable):
             raise ConfigUnreadable(result.message, hint=result.hint, **result.facts)
         return result
